@@ -107,7 +107,7 @@ def _divide(
     extents: NDArray[np.float64],
     before: NDArray[np.bool_],
 ) -> None:
-    """Narrow the ranges [proposals, n] of centres on a relation's axis, in place, to either side of a line."""
+    """Narrow the ranges [proposals, n] of centres along an axis, in place, to the sides of a random line."""
     nearest = _BORDER + extents[before].max() + _GAP / 2
     farthest = SIDE - _BORDER - extents[~before].max() - _GAP / 2
     line = nearest + (farthest - nearest) * rng.random((len(low), 1))
