@@ -21,13 +21,14 @@ _FRAME = 2  # pixels at the edge, of which most are background
 _CONTRAST = 48.0  # distance in RGB from which on a pixel isn't background
 _SPECK = 6  # pixels; fewer are noise
 _BACKGROUND_REACH = 70.0  # distance in RGB to the nearest background; farther is none of them
-_COLOR_REACH = 80.0  # likewise to the nearest colour
+_COLOR_REACH = 70.0  # likewise to the nearest colour,
+_COLOR_ANGLE = 0.4  # and as a share of the contrast with the background
 _LEAST_SHARE = 0.6  # of its true colour in an object's measured one; the rest is background
 _GREATEST_SHARE = 1.3  # of the measured colour in a pixel
-_FOREIGN_CONTRAST = 60.0  # distance in RGB from every mixture of an object's colour and the background
-_FOREIGN_SHARE = 0.15  # of an object's pixels; with more it has no one colour
-_MISFIT = 0.45  # area in which an object and its shape differ, in its area; with more it has no shape
-_SOFTNESS = 1.6  # pixels in which the outlines fade, between the drawings' and what a mild blur makes of them
+_FOREIGN_CONTRAST = 70.0  # distance in RGB from every mixture of an object's colour and the background
+_FOREIGN_SHARE = 0.12  # of an object's pixels; with more it has no one colour
+_MISFIT = 0.27  # area in which an object and its shape differ, in its area; with more it has no shape
+_SOFTNESS = 1.6  # pixels in which outlines fade: between the drawings' and those of a mild blur
 _SIZE_BOUND = (EXTENTS["small"][1] + EXTENTS["large"][0]) / 2
 _BLOCK = np.ones((3, 3), dtype=bool)
 
@@ -102,12 +103,13 @@ def _read_thing(
     alpha = np.clip(share, 0.0, 1.0) * soft
     foreign = nearby - np.clip(share, 0.0, _GREATEST_SHARE)[..., None] * color
     mixed = ((foreign * foreign).sum(axis=2)[own] > _FOREIGN_CONTRAST**2).mean() > _FOREIGN_SHARE
+    reach = min(_COLOR_REACH, _COLOR_ANGLE * float(np.sqrt(color @ color)))
     shape, box, misfit = _fit_shape(alpha, left, top)
     if misfit > _MISFIT:
         shape, box = None, (left + 2, top + 2, area[1].stop, area[0].stop)
     return Found(
         shape=shape,
-        color=None if mixed else _nearest(ground + color, PALETTE, _COLOR_REACH, ground),
+        color=None if mixed else _nearest(ground + color, PALETTE, reach, ground),
         size="large" if max(box[2] - box[0], box[3] - box[1]) > _SIZE_BOUND else "small",
         box=box,
         area=float(alpha.sum()),
@@ -132,8 +134,9 @@ def _fit_shape(alpha: NDArray[np.float32], left: int, top: int) -> tuple[str | N
         # A triangle's centroid lies a sixth of its height below the middle of its box.
         center_y = middle_y - extent / 6 if shape == "triangle" else middle_y
         drawn = coverage(shape, x - middle_x, y - center_y, extent, _SOFTNESS)
-        # What the drawing covers beyond the crop differs as well.
-        misfit = (float(np.abs(alpha - drawn).sum()) + max(area - float(drawn.sum()), 0.0)) / area
+        # Outlines of another softness cancel in the mean over a block; what lies beyond the crop differs too.
+        difference = ndimage.uniform_filter(alpha - drawn, 3, mode="constant")
+        misfit = (float(np.abs(difference).sum()) + max(area - float(drawn.sum()), 0.0)) / area
         half = extent / 2
         column, row = left + middle_x, top + center_y
         fits.append((misfit, shape, (column - half, row - half, column + half, row + half)))
