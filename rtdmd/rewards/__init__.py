@@ -47,6 +47,12 @@ def _check_geneval_prompt(prompt: str, row: Mapping[str, Any]) -> None:
     Request.parse(prompt, row)
 
 
+def _check_shapes_prompt(prompt: str, row: Mapping[str, Any]) -> None:
+    from rtdmd.shapes.captions import Caption
+
+    Caption.from_metadata({**row, "prompt": prompt})
+
+
 _CLIP_L = "openai/clip-vit-large-patch14"
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
@@ -127,6 +133,14 @@ _SPECS = (
             HubFiles(_CLIP_L, (*_CLIP_MODEL, "preprocessor_config.json", *_CLIP_TOKENIZER)),
         ),
         check_prompt=_check_geneval_prompt,
+    ),
+    RewardSpec(
+        name="shapes",
+        differentiable=False,
+        default_weights=None,
+        licence="no weights",
+        modes=("default", "official"),
+        check_prompt=_check_shapes_prompt,
     ),
 )
 

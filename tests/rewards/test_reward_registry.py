@@ -29,12 +29,13 @@ def test_specs_agree_with_their_scorers(tiny_weights):
     # Has what ocr and geneval ask of a prompt.
     prompt = 'a dog below the word "dog"'
     row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
+    rows = {"shapes": {"include": [{"class": "circle", "count": 1, "color": "red"}]}}
     for name, spec in REWARDS.items():
         weights = str(tiny_weights[name]) if name in tiny_weights else None
         (reward,) = load_rewards([RewardSection(name, weights=weights)], CPU, torch.float32)
         assert (spec.name, reward.name, reward.differentiable) == (name, name, spec.differentiable)
-        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        scores = reward.score(images, [prompt] * 2, [row] * 2)
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        scores = reward.score(images, [prompt] * 2, [rows.get(name, row)] * 2)
         assert scores.shape == (2,) and scores.dtype == torch.float32
         assert scores.requires_grad == spec.differentiable
 
