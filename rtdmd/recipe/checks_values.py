@@ -56,6 +56,7 @@ _RULES: tuple[_Rule, ...] = (
             "preview.num_images",
             "cold_start.consistency_weight",
             "rtdmd.consistency_weight",
+            "rtdmd.policy_weight",
             "rtdmd.distribution_matching_weight",
             "rtdmd.reward_backprop.weight",
             *(f"{key}.weight_decay" for key in _OPTIMIZERS),

@@ -119,6 +119,7 @@ class ColdStartSection:
     batch_size: int = 9  # samples per rank and update
     micro_batch_size: int | None = None  # per rank; null is batch_size
     generator_every: int = 10  # iterations between generator updates
+    sub_interval: bool = True  # false: plain DMD, matching at the clean picture that the last step predicts
     consistency_weight: float = 0.01
     consistency_max_timesteps: int = 200  # the regulariser goes back by U{1..this} timesteps
     min_interval_timesteps: float = 10.0  # t >= 1000*s + this
@@ -155,6 +156,8 @@ class RtdmdSection:
     fake_score_micro_batch_size: int | None = None  # null is sample_batch_size
     score_batch_size: int | None = None  # pictures decoded and scored at once; null is sample_batch_size
     num_policy_steps: int = 2  # stochastic steps drawn per epoch (SubGRPO); 3 of 4 steps is plain GRPO
+    shared_noise: bool = True  # the stochastic steps that aren't drawn have the noise of their prompt
+    policy_weight: float = 1.0  # 0 switches the policy gradient off
     clip_range: float = 1e-5
     advantage_clip: float = 5.0
     advantage_global_std: bool = True

@@ -97,10 +97,12 @@ class ColdStart:
             shape, device = self.few.latent_shape, self._ranks.device
             return self.draws.normal(iteration, f"{purpose}/{name}", micro.indices, shape, device)
 
+        # Cut off after its last step, the schedule leads to the clean picture that this step predicts.
+        sigmas = self.few.sigmas if self.settings.sub_interval else self.few.sigmas[:stop]
         return rollout(
             self.roles.generator.velocity(micro.text),
             noise("initial"),
-            self.few.sigmas,
+            sigmas,
             self.few.eta,
             lambda step: noise(f"transition{step}"),
             num_steps=stop,

@@ -151,8 +151,8 @@ class Rtdmd:
     ) -> Record:
         """One sampling batch of this rank.
 
-        A group's members differ in their initial noise and in the drawn steps' noise; the noise of
-        the other stochastic steps is the prompt's.
+        A group's members differ in their initial noise and in the drawn steps' noise; with
+        ``shared_noise`` the noise of the other stochastic steps is the prompt's.
         """
         distinct = sorted(set(prompt_ids))
         text = self.family.encode_prompts([self.prompts.prompts[prompt] for prompt in distinct])
@@ -162,7 +162,7 @@ class Rtdmd:
             return self.draws.normal(epoch, purpose, keys, self.few.latent_shape, self._ranks.device)
 
         def step_noise(step: int) -> Tensor:
-            own = step in drawn
+            own = step in drawn or not self.settings.shared_noise
             return noise(f"transition{step}" if own else f"shared{step}", indices if own else prompt_ids)
 
         velocity = self.roles.generator.velocity(text[rows])
@@ -221,13 +221,13 @@ class Rtdmd:
         means: Means,
     ) -> float:
         """Policy loss on the drawn steps, distribution matching and reward hinge on the last."""
-        engine = self.roles.generator.engine
+        engine, settings = self.roles.generator.engine, self.settings
         micro_batches = self._weigh(records, advantages)
         scale = 1 / (len(micro_batches) * (len(drawn) + 1))
         for number, micro in enumerate(micro_batches):
-            for step in drawn:
+            for step in drawn if settings.policy_weight > 0 else ():
                 policy = self._policy_term(micro, step, means)
-                engine.backward(scale * micro.share * policy, last=False)
+                engine.backward(settings.policy_weight * scale * micro.share * policy, last=False)
             final = self._last_step_term(epoch, micro, means)
             engine.backward(scale * micro.share * final, last=number == len(micro_batches) - 1)
         return engine.step().grad_norm

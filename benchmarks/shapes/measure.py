@@ -1,0 +1,123 @@
+"""Outcomes of a network in the small world, on held-out captions.
+
+  python -m benchmarks.shapes.measure runs/shapes [--to outcomes.json]
+
+measures a run's generator, after the last stage that it finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import outcomes
+from benchmarks.shapes.outcomes import Sampler
+from benchmarks.shapes.pictures import to_unit
+from rtdmd.evaluation.distances import frechet_distance
+from rtdmd.recipe import load_for_sampling
+from rtdmd.rewards.clip import ClipEncoder
+from rtdmd.sample import Painter, SampleOptions, build_painter, pick_device
+from rtdmd.shapes.captions import Caption
+from rtdmd.shapes.drawing import render
+from rtdmd.shapes.prompts import distinct_captions
+from rtdmd.shapes.reading import read_picture
+from rtdmd.shapes.scenes import BACKGROUNDS, draw_scene
+from rtdmd.shapes.splits import Split
+
+WORLD = Path("data/shapes")
+COUNT = 1024  # held-out captions
+REFERENCES = 4  # true pictures of each, for the distance
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Everything that a set of pictures is measured with."""
+
+    captions: list[Caption]
+    reward: ClipEncoder
+    monitor: ClipEncoder
+    references: Tensor  # features of true pictures [M, D]
+
+    @classmethod
+    def load(cls, split: Split, count: int, device: torch.device, seed: int = 0) -> Judges:
+        captions = distinct_captions(split, count, seed)
+        reward = ClipEncoder.load(str(WORLD / "clip"), device, torch.float32)
+        monitor = ClipEncoder.load(str(WORLD / "monitor_clip"), device, torch.float32)
+        rng = np.random.default_rng([seed, count])
+        true = [render(draw_scene(rng, caption)) for caption in captions for _ in range(REFERENCES)]
+        images = to_unit(torch.from_numpy(np.stack(true)).permute(0, 3, 1, 2))
+        return cls(captions, reward, monitor, features(reward, images, device))
+
+    @property
+    def prompts(self) -> list[str]:
+        return [caption.text for caption in self.captions]
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> dict[str, float]:
+        """Numbers of pictures [N, 3, 64, 64] in [0, 1], one for each caption."""
+        device = self.references.device
+        verdicts = outcomes.judge(images, self.captions)
+        accuracy = outcomes.accuracy(verdicts, self.captions)
+        found = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
+        for name, encoder in (("clip", self.reward), ("monitor_clip", self.monitor)):
+            pictures = features(encoder, images, device)
+            scores = (pictures * encoder.text_features(self.prompts)).sum(-1) * encoder.logit_scale / 100
+            found[name] = scores.mean().item()
+        found["frechet"] = frechet_distance(features(self.reward, images, device), self.references)
+        found["background_entropy"] = background_entropy(images)
+        return found
+
+
+@torch.no_grad()
+def features(encoder: ClipEncoder, images: Tensor, device: torch.device) -> Tensor:
+    """CLIP's embeddings of pictures, [N, D]."""
+    return torch.cat([encoder.image_features(part.to(device)) for part in images.split(256)])
+
+
+def background_entropy(images: Tensor) -> float:
+    """Entropy in bits of the backgrounds' colours, which no caption names; at most log2 of their number."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    counts = Counter(read_picture(picture).background for picture in pixels)
+    shares = np.array([counts[name] for name in BACKGROUNDS if counts[name]], dtype=np.float64)
+    shares /= shares.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def generator_sampler(painter: Painter) -> Sampler:
+    """The few steps that the recipe's generator is trained for."""
+    return Sampler(painter.few.sigmas, painter.few.eta)
+
+
+def paint(painter: Painter, prompts: Sequence[str], sampler: Sampler, seed: int = 0) -> Tensor:
+    return outcomes.paint_many(painter.family, painter.network, prompts, sampler, seed=seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--to", type=Path, help="write the numbers here too")
+    parser.add_argument("--count", type=int, default=COUNT, help="held-out captions")
+    options = parser.parse_args()
+    device = pick_device(None)
+    recipe = load_for_sampling(str(options.run / "recipe.yaml"), [])
+    painter = build_painter(recipe, SampleOptions(run=options.run), device)
+    judges = Judges.load("test", options.count, device)
+    found = judges.measure(paint(painter, judges.prompts, generator_sampler(painter)))
+    print(json.dumps(found, indent=2))
+    if options.to:
+        options.to.parent.mkdir(parents=True, exist_ok=True)
+        options.to.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

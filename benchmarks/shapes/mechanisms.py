@@ -1,0 +1,163 @@
+"""Why the methods differ: the fake score's tracking error and the policy gradient's variance.
+
+  python -m benchmarks.shapes.mechanisms tracking RUN [--to FILE]
+  python -m benchmarks.shapes.mechanisms variance RUN [--to FILE]
+
+RUN is the folder of a cold start that benchmarks/shapes/study.py trained. ``tracking``: how far the fake score is from
+one trained to convergence on the frozen generator. ``variance``: signal and noise of the policy gradient at the cold
+start's generator, at equal numbers of samples, with every number of drawn steps and with or without shared noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
+from rtdmd.distributed.guard import CallLog
+from rtdmd.recipe import load_for_sampling
+from rtdmd.recipe.schema import Recipe
+from rtdmd.stages.ac_dmd import Samples
+from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.cold_start import ColdStart
+from rtdmd.stages.metrics import Means
+from rtdmd.stages.rtdmd import Rtdmd
+from rtdmd.training.checkpoint import CheckpointStore
+from rtdmd.training.ema import Ema
+from rtdmd.training.loop import StageRun
+
+CONVERGENCE_ITERATIONS = 1500
+PROBES = 16  # batches on which velocities are compared
+EPOCHS = 24  # estimates of the policy gradient
+
+
+def resume_cold_start(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog) -> ColdStart:
+    """The stage as it was after its last checkpoint: the live generator and fake score."""
+    stage = build_stage("cold_start", recipe, ranks, calls, HandOver())
+    assert isinstance(stage, ColdStart)
+    store = CheckpointStore(run / "cold_start" / "checkpoints", ranks, recipe.keep_checkpoints)
+    ema = Ema(stage.roles.generator.engine, recipe.cold_start.ema_decay, warmup=False)
+    StageRun(stage=stage, ema=ema, store=store, previews=None, recipe=recipe, ranks=ranks, run=run).resume()  # type: ignore[arg-type]
+    return stage
+
+
+def tracking(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, iterations: int) -> dict[str, float]:
+    """‖v − v*‖²/‖v*‖² of the fake score's velocity v against the converged v*, on the generator's samples.
+
+    v* is the fake score after ``iterations`` more updates, at a learning rate that falls to zero, while the generator
+    stands still, without the regulariser.
+    """
+    recipe = replace(
+        recipe, cold_start=replace(recipe.cold_start, consistency_weight=0.0, generator_every=10**9)
+    )
+    stage = resume_cold_start(run, recipe, ranks, calls)
+    first = recipe.cold_start.iterations
+    probes = range(first, first + PROBES)
+    before = [_probe(stage, number) for number in probes]
+    optimizer = stage.roles.fake_score.engine._engine.basic_optimizer
+    rate = optimizer.param_groups[0]["lr"]
+    for number in range(iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - number / iterations)
+        stage.step(first + PROBES + number)
+    after = [_probe(stage, number) for number in probes]
+    wrong = sum((old - new).double().square().sum() for old, new in zip(before, after, strict=True))
+    whole = sum(new.double().square().sum() for new in after)
+    return {"tracking_error": float(wrong / whole)}
+
+
+@torch.no_grad()
+def _probe(stage: ColdStart, iteration: int) -> Tensor:
+    """The fake score's velocity where its loss evaluates it, on fresh samples of the generator."""
+    velocities = []
+    for stop in range(1, len(stage.few.sigmas) + 1):
+        (micro,) = stage._micro_batches(iteration)
+        trajectory = stage._rollout(iteration, "probe", micro, stop, grad_last=False)
+        samples = Samples(trajectory.final, trajectory.final_sigma, iteration, micro.indices)
+        matching = stage._matching
+        t = matching._sigma_t(samples, "probe/t")
+        from rtdmd.flow import renoise
+
+        x_t = renoise(samples.states, matching._noise(samples, "probe/noise"), samples.sigma, t)
+        velocities.append(stage.roles.fake_score.velocity(micro.text)(x_t, t))
+    return torch.stack(velocities)
+
+
+def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: int) -> dict[str, float]:
+    """tr Cov(g)/‖E g‖² of one epoch's policy gradient g over ``epochs`` epochs of equal size; smaller is better."""
+    cold = run / "cold_start"
+    hand_over = HandOver(cold / "generator_ema.pt", cold / "fake_score.pt")
+    found = {}
+    for label, steps, shared in (
+        ("1 step", 1, True),
+        ("2 steps", 2, True),
+        ("all steps", 3, True),
+        ("1 step, own noise", 1, False),
+        ("2 steps, own noise", 2, False),
+    ):
+        section = replace(recipe.rtdmd, num_policy_steps=steps, shared_noise=shared)
+        stage = build_stage("rtdmd", replace(recipe, rtdmd=section), ranks, calls, hand_over)
+        assert isinstance(stage, Rtdmd)
+        gradients = torch.stack([_policy_gradient(stage, epoch) for epoch in range(epochs)])
+        found |= {f"{label}/{key}": value for key, value in noise_to_signal(gradients).items()}
+        stage.roles.close()
+    return found
+
+
+def noise_to_signal(gradients: Tensor) -> dict[str, float]:
+    """From R estimates [R, P]: tr Cov, ‖E g‖² without bias (‖mean‖² − tr Cov/R), and their ratio."""
+    values = gradients.double()
+    trace = values.var(0).sum().item()
+    signal = values.mean(0).square().sum().item() - trace / len(values)
+    return {"noise": trace, "signal": signal, "ratio": trace / signal if signal > 0 else float("inf")}
+
+
+def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
+    """The flat gradient of the policy loss of one epoch; nothing is updated."""
+    means = Means()
+    count = len(stage.few.sigmas) - 1
+    drawn = stage.draws.subset(epoch, "policy_steps", count, stage.settings.num_policy_steps)
+    records = stage._sample(epoch, drawn, means)
+    micro_batches = stage._weigh(records, stage._advantages(records, means))
+    engine = stage.roles.generator.engine
+    parameters = [p for p in engine._engine.module.parameters() if p.requires_grad]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for micro in micro_batches:
+        for step in drawn:
+            loss = stage._policy_term(micro, step, means) / (len(micro_batches) * len(drawn))
+            for part, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+                part += gradient
+    return torch.cat([part.flatten() for part in total])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=("tracking", "variance"))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--length", type=int, help="iterations (tracking) or epochs (variance)")
+    options = parser.parse_args(arguments)
+    recipe = load_for_sampling(str(options.run / "recipe.yaml"), [])
+    ranks = start_ranks(3600)
+    calls = CallLog(ranks)
+    if options.kind == "tracking":
+        found = tracking(options.run, recipe, ranks, calls, options.length or CONVERGENCE_ITERATIONS)
+    else:
+        found = variance(options.run, recipe, ranks, calls, options.length or EPOCHS)
+    stop_ranks()
+    print(json.dumps(found, indent=2))
+    if options.to:
+        options.to.parent.mkdir(parents=True, exist_ok=True)
+        options.to.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

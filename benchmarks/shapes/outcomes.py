@@ -1,0 +1,97 @@
+"""What pictures of the shapes world are worth: the judge's accuracy, and pictures in bulk to judge."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rtdmd.models.guidance import predict_guided_velocity
+from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+from rtdmd.randomness import Draws
+from rtdmd.rollout import FewSteps, rollout
+from rtdmd.shapes.captions import Caption
+from rtdmd.shapes.verifier import Verdict, verify
+
+SIZE = 64
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a network paints: noise levels, stochasticity, guidance."""
+
+    sigmas: Sequence[float]  # without the final 0
+    eta: float  # 0 is Euler's step of the ODE
+    guidance_scale: float = 1.0
+
+
+def euler(num_steps: int, guidance_scale: float) -> Sampler:
+    """Evenly spaced noise levels from 1, which suit the small world better than FLUX.2's shift."""
+    return Sampler([1 - i / num_steps for i in range(num_steps)], 0.0, guidance_scale)
+
+
+@torch.no_grad()
+def paint_many(
+    family: ModelFamily,
+    network: nn.Module,
+    prompts: Sequence[str],
+    sampler: Sampler,
+    *,
+    seed: int,
+    chunk: int = 256,
+) -> Tensor:
+    """Pictures [N, 3, 64, 64] in [0, 1], float32, decoded in batches; noise is a function of (seed, number)."""
+    device = next(network.parameters()).device
+    draws = Draws(seed, "outcomes")
+    few = FewSteps(sampler.sigmas, sampler.eta, family.latent_shape(SIZE, SIZE))
+    unconditional = family.encode_prompts([""])
+    parts = []
+    for start in range(0, len(prompts), chunk):
+        indices = list(range(start, min(start + chunk, len(prompts))))
+        text = family.encode_prompts([prompts[index] for index in indices])
+        parts.append(
+            _paint(family, network, few, sampler.guidance_scale, text, unconditional, draws, indices, device)
+        )
+    return torch.cat(parts)
+
+
+def _paint(
+    family: ModelFamily,
+    network: nn.Module,
+    few: FewSteps,
+    guidance_scale: float,
+    text: TextEmbeddings,
+    unconditional: TextEmbeddings,
+    draws: Draws,
+    indices: list[int],
+    device: torch.device,
+) -> Tensor:
+    def noise(purpose: str) -> Tensor:
+        return draws.normal(0, purpose, indices, few.latent_shape, device)
+
+    def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
+        return predict_guided_velocity(family, network, x, sigma, text, unconditional, guidance_scale)
+
+    def step_noise(step: int) -> Tensor:
+        return noise(f"transition{step}") if few.eta > 0 else torch.zeros_like(initial)
+
+    initial = noise("initial")
+    return family.decode(rollout(velocity, initial, few.sigmas, few.eta, step_noise).final)
+
+
+def judge(images: Tensor, captions: Sequence[Caption]) -> list[Verdict]:
+    """The verifier's verdict of each picture [N, 3, 64, 64] in [0, 1]."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [verify(picture, caption) for picture, caption in zip(pixels, captions, strict=True)]
+
+
+def accuracy(verdicts: Sequence[Verdict], captions: Sequence[Caption]) -> dict[str, float]:
+    """Share of entirely right pictures: ``all``, and by the captions' kind."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for verdict, caption in zip(verdicts, captions, strict=True):
+        right["all"].append(verdict.correct)
+        right[caption.kind].append(verdict.correct)
+    return {kind: sum(values) / len(values) for kind, values in right.items()}

@@ -1,0 +1,188 @@
+"""The study: every variant of recipes/shapes.yaml for several seeds, shared out over the GPUs.
+
+  python -m benchmarks.shapes.study train --out runs/study --seeds 0 1 2 --parallel 6
+  python -m benchmarks.shapes.study measure --out runs/study --seeds 0 1 2
+  python -m benchmarks.shapes.study tables --out runs/study
+
+``train`` goes on where it was stopped. Runs are ``train_ds.py`` with overrides, one process each, ``--parallel`` of
+them at a time on each GPU (they are small: the GPU waits for the host). Logs are beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+RECIPE = "recipes/shapes.yaml"
+FIRST_PORT = 29700
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a run changes of the recipe, and which cold start it goes on from (none: it is one)."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    start: str | None = None
+
+    @property
+    def stage(self) -> str:
+        return "cold_start" if self.start is None else "rtdmd"
+
+
+COLD_STARTS = (
+    Variant("ac_dmd"),
+    Variant("ac_dmd_no_consistency", ("cold_start.consistency_weight=0",)),
+    Variant("dmd", ("cold_start.consistency_weight=0", "cold_start.sub_interval=false")),
+)
+TUNINGS = (
+    Variant("rtdmd", start="ac_dmd"),
+    Variant("backprop_only", ("rtdmd.policy_weight=0",), start="ac_dmd"),
+    Variant("policy_only", ("rtdmd.reward_backprop.weight=0",), start="ac_dmd"),
+    Variant("all_steps", ("rtdmd.num_policy_steps=3",), start="ac_dmd"),
+    Variant("own_noise", ("rtdmd.shared_noise=false",), start="ac_dmd"),
+)
+VARIANTS = {variant.name: variant for variant in (*COLD_STARTS, *TUNINGS)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process: a variant with a seed."""
+
+    variant: Variant
+    seed: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    def command(self, extra: Sequence[str]) -> list[str]:
+        stage = self.variant.stage
+        overrides = [f"name={self.name}", f"output={self.out}", f"seed={self.seed}", *self.variant.overrides]
+        if self.variant.start is not None:
+            cold = self.out / f"{self.variant.start}-{self.seed}" / "cold_start"
+            overrides += [
+                f"rtdmd.start_generator={cold / 'generator_ema.pt'}",
+                f"rtdmd.start_fake_score={cold / 'fake_score.pt'}",
+            ]
+        return [sys.executable, "train_ds.py", RECIPE, "--stage", stage, *overrides, *extra]
+
+
+class Devices:
+    """Places for processes: each is a GPU (None: the CPU) and a port of its own."""
+
+    def __init__(self, parallel: int) -> None:
+        gpus: list[int | None] = list(range(torch.cuda.device_count())) or [None]
+        self._free: Queue[tuple[int | None, int]] = Queue()
+        for number in range(parallel * len(gpus)):
+            self._free.put((gpus[number % len(gpus)], FIRST_PORT + number))
+        self.count = parallel * len(gpus)
+
+    def run(self, command: Sequence[str], log: Path) -> float:
+        """Run a command on a free place, waiting for one; the seconds it took. RuntimeError if it fails."""
+        place = self._free.get()
+        gpu, port = place
+        environment = os.environ | {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        environment |= {"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        start = time.perf_counter()
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "w", encoding="utf-8") as file:
+                code = subprocess.run(
+                    command, env=environment, stdout=file, stderr=subprocess.STDOUT
+                ).returncode
+        finally:
+            self._free.put(place)
+        if code != 0:
+            raise RuntimeError(f"{log}: exit code {code}")
+        return time.perf_counter() - start
+
+
+def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> Iterator[Launch]:
+    """Seed after seed, so that a study that is stopped has whole seeds."""
+    for seed in seeds:
+        for variant in variants:
+            yield Launch(variant, seed, out)
+
+
+def train(options: argparse.Namespace) -> None:
+    """All cold starts, then all that goes on from them."""
+    devices = Devices(options.parallel)
+    for variants in (COLD_STARTS, TUNINGS):
+        chosen = [variant for variant in variants if not options.only or variant.name in options.only]
+        queue = list(launches(chosen, options.seeds, options.out))
+
+        def run(launch: Launch) -> None:
+            log = launch.out / "logs" / f"{launch.name}.txt"
+            seconds = devices.run(launch.command(options.overrides), log)
+            print(f"{launch.name}: {seconds:.0f} s", flush=True)
+
+        with ThreadPoolExecutor(devices.count) as threads:
+            failures = [job.exception() for job in [threads.submit(run, launch) for launch in queue]]
+        for failure in filter(None, failures):
+            print(failure, file=sys.stderr)
+        if any(failures):
+            raise SystemExit(1)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Outcomes of every run and mechanisms of the cold starts, each in a process, into JSON files."""
+    devices = Devices(options.parallel)
+    jobs = [
+        ("outcomes", launch.folder)
+        for launch in launches((*COLD_STARTS, *TUNINGS), options.seeds, options.out)
+    ]
+    jobs += [("tracking", launch.folder) for launch in launches(COLD_STARTS[:2], options.seeds, options.out)]
+    jobs += [("variance", launch.folder) for launch in launches(COLD_STARTS[:1], options.seeds, options.out)]
+
+    def run(kind: str, folder: Path) -> None:
+        target = options.out / "measured" / f"{kind}-{folder.name}.json"
+        if target.exists() or not folder.exists():
+            return
+        what = ["measure"] if kind == "outcomes" else ["mechanisms", kind]
+        module, *arguments = [*what, str(folder), "--to", str(target)]
+        command = [sys.executable, "-m", f"benchmarks.shapes.{module}", *arguments]
+        seconds = devices.run(command, options.out / "logs" / f"{kind}-{folder.name}.txt")
+        print(f"{target}: {seconds:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(devices.count) as threads:
+        for job in [threads.submit(run, kind, folder) for kind, folder in jobs]:
+            error = job.exception()
+            if error is not None:
+                print(error, file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("train", "measure"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for every run")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parallel", type=int, default=4, help="processes at a time on each GPU")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants alone")
+    options = parser.parse_intermixed_args()
+    {"train": train, "measure": measure}[options.action](options)
+
+
+if __name__ == "__main__":
+    main()
