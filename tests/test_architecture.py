@@ -32,7 +32,7 @@ MATHEMATICS = ("flow", "schedules", "objectives")
 BASICS = (*MATHEMATICS, "errors", "randomness")
 PARTS = ("images", "models", "rewards", "prompts", "rollout", "recipe")
 EVERYTHING = (*BASICS, *PARTS, "scheduler", "distributed", "stages", "training")
-TOOLS = ("sample", "evaluate", "export", "plan", "doctor")
+TOOLS = ("sample", "evaluation", "export", "plan", "doctor")
 
 # The longest matching name decides.
 RULES: dict[str, Rule] = {

@@ -1,0 +1,1 @@
+"""Scores of models over sets of prompts: painting, scoring, statistics, tables."""
