@@ -23,7 +23,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stage", choices=["cold_start", "rtdmd"], help="run this stage alone")
     parser.add_argument("--max-steps", type=int, help="stop, saved, after so many steps of this launch")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher sets it
-    return parser.parse_args()
+    # Intermixed, so that options may stand between the recipe and the overrides.
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:

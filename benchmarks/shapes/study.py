@@ -87,8 +87,10 @@ class Devices:
     """Places for processes: each is a GPU (None: the CPU) and a port of its own."""
 
     def __init__(self, parallel: int) -> None:
-        gpus: list[int | None] = list(range(torch.cuda.device_count())) or [None]
-        self._free: Queue[tuple[int | None, int]] = Queue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+        gpus: list[str | None] = [*names] or [None]
+        self._free: Queue[tuple[str | None, int]] = Queue()
         for number in range(parallel * len(gpus)):
             self._free.put((gpus[number % len(gpus)], FIRST_PORT + number))
         self.count = parallel * len(gpus)
@@ -101,7 +103,7 @@ class Devices:
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        environment |= {"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        environment |= {"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         start = time.perf_counter()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)

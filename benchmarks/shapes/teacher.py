@@ -5,6 +5,7 @@ Legend: B batch, L text tokens, D width of the text encoder.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ TEXT_WIDTH = 128
 TEXT_DEPTH = 4  # FLUX.2 takes hidden states depth/4, depth/2 and 3·depth/4: here 1, 2, 3
 GRID = 8  # latent tokens a side
 CAPTION_DROPOUT = 0.1
+_WARM, _TIMED = 50, 200  # steps before the pace is taken, and of which it is taken
 
 
 def text_config(tokenizer: Any) -> Qwen3Config:
@@ -112,14 +114,16 @@ class TeacherSettings:
     ema_decay: float = 0.9995
     seed: int = 0
     compile: bool = True
+    seconds: float | None = None  # fewer steps if they would take longer
 
 
 def train_teacher(
     latents: Tensor, tokens: Tensor, empty: Tensor, tokenizer: Any, settings: TeacherSettings
-) -> Teacher:
+) -> tuple[Teacher, int]:
     """Flow matching on normalised ``latents`` [N, 16, 8, 8] with ``tokens`` [N, L]; sigmoid(N(0.3, 1)) noise.
 
-    A tenth of the captions are replaced by ``empty`` [L], for guidance. Returns the averaged model.
+    A tenth of the captions are replaced by ``empty`` [L], for guidance. Returns the averaged model and the number of
+    steps taken.
     """
     device = latents.device
     torch.manual_seed(settings.seed)
@@ -134,7 +138,14 @@ def train_teacher(
     average = Average(teacher, settings.ema_decay)
     predict = torch.compile(teacher) if settings.compile else teacher
     clock = Clock("teacher", settings.steps)
-    for step in range(settings.steps):
+    start, step = 0.0, -1
+    while (step := step + 1) < schedule.steps:
+        if step == _WARM and settings.seconds is not None:
+            start = _now(device)
+        if step == _WARM + _TIMED and settings.seconds is not None:
+            pace = (_now(device) - start) / _TIMED
+            schedule.steps = min(settings.steps, int(settings.seconds / pace))
+            print(f"teacher: {1000 * pace:.1f} ms a step, {schedule.steps} steps", flush=True)
         chosen = torch.randint(len(latents), (settings.batch_size,), device=device)
         dropped = torch.rand(settings.batch_size, 1, device=device) < CAPTION_DROPOUT
         captions = torch.where(dropped, empty, tokens[chosen])
@@ -149,4 +160,10 @@ def train_teacher(
         average.update()
         clock.tick(step, loss)
     average.write()
-    return teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False), step
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -44,6 +44,7 @@ class Plan:
     clip_pictures: int
     clips: dict[str, ClipSettings]
     captions: int  # for each measurement
+    measured_steps: tuple[int, ...] = (4, 50)
 
 
 def full_plan(seed: int) -> Plan:
@@ -76,6 +77,7 @@ def quick_plan(seed: int) -> Plan:
             name: replace(item, steps=3, batch_size=16, compile=False) for name, item in plan.clips.items()
         },
         captions=8,
+        measured_steps=(4,),
     )
 
 
@@ -88,10 +90,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--teacher-seconds", type=float, help="fewer steps of the teacher if they would take longer"
+    )
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     device = torch.device(options.device)
     plan = quick_plan(options.seed) if options.quick else full_plan(options.seed)
+    plan = replace(plan, teacher=replace(plan.teacher, seconds=options.teacher_seconds))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part in ("clips", "all"):
         _record(options.out / "clips.json", lambda: train_clips(plan, options.out, device, options.seed))
@@ -143,7 +149,7 @@ def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> di
     tokens = chat_tokens(tokenizer, texts, TEXT_TOKENS).to(device)
     empty = chat_tokens(tokenizer, [""], TEXT_TOKENS)[0].to(device)
     del images
-    teacher = train_teacher(latents, tokens, empty, tokenizer, plan.teacher)
+    teacher, steps = train_teacher(latents, tokens, empty, tokenizer, plan.teacher)
     folder = out / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     Flux2KleinPipeline(
@@ -155,17 +161,18 @@ def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> di
         tokenizer=tokenizer,
         transformer=teacher.transformer.half(),
     ).save_pretrained(folder)
-    return measure_pipeline(folder, drawn, plan.captions, device, seed)
+    return measure_pipeline(folder, drawn, plan, device, seed) | {"teacher_steps": steps}
 
 
 def measure_pipeline(
-    folder: Path, drawn: Drawn, count: int, device: torch.device, seed: int
+    folder: Path, drawn: Drawn, plan: Plan, device: torch.device, seed: int
 ) -> dict[str, object]:
     """The judge's word on reconstructions, and on held-out captions by steps and guidance."""
     family = get_family("flux2").load(
         str(folder), device=device, dtype=torch.float32, max_sequence_length=TEXT_TOKENS
     )
     network = load_network(family.transformer_class, WeightSource(str(folder)), torch.float32, device)
+    count = plan.captions
     images, captions = drawn.images[:count], drawn.captions[:count]
     vae = family.vae
     with torch.no_grad():
@@ -179,7 +186,7 @@ def measure_pipeline(
     for split in splits:
         held_out = distinct_captions(split, count, seed)
         prompts = [caption.text for caption in held_out]
-        for steps in (4, 8, 50):
+        for steps in plan.measured_steps:
             for guidance in (1.0, 2.0, 3.0, 4.0):
                 sampler = outcomes.euler(steps, guidance)
                 painted = outcomes.paint_many(family, network, prompts, sampler, seed=seed)

@@ -16,9 +16,10 @@ class Schedule:
         self, optimizer: torch.optim.Optimizer, steps: int, *, warmup: int, last: float = 0.02
     ) -> None:
         def factor(step: int) -> float:
-            falling = last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+            falling = last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
             return min((step + 1) / warmup, 1.0) * falling
 
+        self.steps = steps
         self._optimizer = optimizer
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
