@@ -6,6 +6,7 @@ inner pixels, its shape the one whose drawing of the same area and centre differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -99,14 +100,15 @@ def _read_thing(
     soft = ndimage.binary_dilation(own, _BLOCK) & (own | (labels[crop] == 0))
     core = ndimage.binary_erosion(own)
     color = _main_color(nearby[core if core.any() else own])
-    share = nearby @ color / (color @ color)
+    contrast = max(float(np.sqrt(color @ color)), _CONTRAST / 2)  # unlike pixels may have a median near zero
+    share = nearby @ color / contrast**2
     alpha = np.clip(share, 0.0, 1.0) * soft
     foreign = nearby - np.clip(share, 0.0, _GREATEST_SHARE)[..., None] * color
     mixed = ((foreign * foreign).sum(axis=2)[own] > _FOREIGN_CONTRAST**2).mean() > _FOREIGN_SHARE
-    reach = min(_COLOR_REACH, _COLOR_ANGLE * float(np.sqrt(color @ color)))
-    shape, box, misfit = _fit_shape(alpha, left, top)
+    reach = min(_COLOR_REACH, _COLOR_ANGLE * contrast)
+    misfit, shape, box = _fit_shape(alpha, left, top)
     if misfit > _MISFIT:
-        shape, box = None, (left + 2, top + 2, area[1].stop, area[0].stop)
+        shape, box = None, (area[1].start, area[0].start, area[1].stop, area[0].stop)
     return Found(
         shape=shape,
         color=None if mixed else _nearest(ground + color, PALETTE, reach, ground),
@@ -123,25 +125,31 @@ def _main_color(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.median(pixels[contrast >= np.median(contrast)], axis=0)
 
 
-def _fit_shape(alpha: NDArray[np.float32], left: int, top: int) -> tuple[str | None, Box, float]:
-    """The shape nearest to a coverage [h, w] that begins at ``left, top``: name, box and misfit."""
+def _fit_shape(alpha: NDArray[np.float32], left: int, top: int) -> tuple[float, str | None, Box]:
+    """The misfit, name and box of the shape nearest to a coverage [h, w] that begins at ``left, top``."""
     area = float(alpha.sum())
+    if area < _SPECK:
+        return math.inf, None, (0.0, 0.0, 0.0, 0.0)
     x, y = np.arange(alpha.shape[1]) + 0.5, np.arange(alpha.shape[0]) + 0.5
     middle_x, middle_y = float(alpha.sum(axis=0) @ x) / area, float(alpha.sum(axis=1) @ y) / area
-    fits: list[tuple[float, str, Box]] = []
-    for shape in SHAPES:
-        extent = (area / FILL[shape]) ** 0.5
-        # A triangle's centroid lies a sixth of its height below the middle of its box.
-        center_y = middle_y - extent / 6 if shape == "triangle" else middle_y
-        drawn = coverage(shape, x - middle_x, y - center_y, extent, _SOFTNESS)
-        # Outlines of another softness cancel in the mean over a block; what lies beyond the crop differs too.
-        difference = ndimage.uniform_filter(alpha - drawn, 3, mode="constant")
-        misfit = (float(np.abs(difference).sum()) + max(area - float(drawn.sum()), 0.0)) / area
-        half = extent / 2
-        column, row = left + middle_x, top + center_y
-        fits.append((misfit, shape, (column - half, row - half, column + half, row + half)))
-    misfit, name, box = min(fits)
-    return name, box, misfit
+    extents = [(area / FILL[shape]) ** 0.5 for shape in SHAPES]
+    # A triangle's centroid lies a sixth of its height below the middle of its box.
+    centers_y = [
+        middle_y - extent / 6 if shape == "triangle" else middle_y
+        for shape, extent in zip(SHAPES, extents, strict=True)
+    ]
+    drawn = np.stack(
+        [
+            coverage(shape, x - middle_x, y - center_y, extent, _SOFTNESS)
+            for shape, center_y, extent in zip(SHAPES, centers_y, extents, strict=True)
+        ]
+    )
+    # Outlines of another softness cancel in the mean over a block; what lies beyond the crop differs too.
+    differences = np.abs(ndimage.uniform_filter(alpha - drawn, (1, 3, 3), mode="constant"))
+    misfits = (differences.sum(axis=(1, 2)) + np.maximum(area - drawn.sum(axis=(1, 2)), 0.0)) / area
+    best = int(misfits.argmin())
+    half, column, row = extents[best] / 2, left + middle_x, top + centers_y[best]
+    return float(misfits[best]), SHAPES[best], (column - half, row - half, column + half, row + half)
 
 
 def _nearest(
@@ -158,7 +166,7 @@ def _nearest(
     known = np.array(list(palette.values()), dtype=np.float32)  # (n, 3)
     if ground is not None:
         offsets = known - ground
-        shares = offsets @ (color - ground) / (offsets * offsets).sum(axis=1)
+        shares = offsets @ (color - ground) / np.maximum((offsets * offsets).sum(axis=1), 1.0)
         known = ground + np.clip(shares, _LEAST_SHARE, 1.0)[:, None] * offsets
     distances = np.sqrt(((known - color) ** 2).sum(axis=1))
     nearest = int(distances.argmin())

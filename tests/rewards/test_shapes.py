@@ -21,13 +21,12 @@ def images(*scenes):
 
 def score(mode, batch, *captions):
     (reward,) = load_rewards([RewardSection("shapes", mode=mode)], torch.device("cpu"), torch.float32)
-    return reward.score(
-        batch, [caption.text for caption in captions], [caption.metadata for caption in captions]
-    )
+    rows = [caption.metadata for caption in captions]
+    return reward.score(batch, [row["prompt"] for row in rows], rows)
 
 
 def test_verdict_and_partial_credit():
-    """Of the second caption's five parts the size, of the third's also the relation is wrong; of the last's all."""
+    """Five parts: the second's size is wrong, the third's size and relation, and all of the last one's."""
     circle, blue = Group(1, "red", "circle", "small"), Group(1, "blue", "square")
     large = Group(1, "red", "circle", "large")
     captions = [
@@ -58,5 +57,5 @@ def test_prompts_without_this_metadata_are_refused():
     check("a red circle", Caption((Group(1, "red", "circle"),)).metadata)
     with pytest.raises(UserError, match="prompt 'a dog': shapes needs the metadata 'include'"):
         check("a dog", {})
-    with pytest.raises(UserError, match="prompt 'a dog': include.0: 'class' is 'dog'"):
+    with pytest.raises(UserError, match=r"prompt 'a dog': include\.0: 'class' is 'dog'"):
         check("a dog", {"tag": "single_object", "include": [{"class": "dog", "count": 1}]})

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from hashlib import sha256
 from itertools import combinations
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_sizes_and_backgrounds_that_are_not_named_vary():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("extent", [11.0, 21.3])
 def test_shapes_cover_their_area_around_their_middle(shape, extent):
-    """Circle π/4 of the box, square 1, triangle 1/2, cross 5/9; left and right are alike, ends are at ± half."""
+    """Circle π/4 of the box, square 1, triangle 1/2, cross 5/9; left and right are alike."""
     axis = np.arange(-16, 16) + 0.5
     drawn = coverage(shape, axis, axis, extent)
     assert drawn.sum() / extent**2 == pytest.approx(FILL[shape], rel=0.02)
@@ -110,6 +111,4 @@ def test_samples_depend_on_seed_and_index_alone():
         "assert 'torch' not in sys.modules; print(sha256(draw_pictures(5, 0, 12)[0].tobytes()).hexdigest())"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    from hashlib import sha256
-
     assert printed.strip() == sha256(pictures.tobytes()).hexdigest()

@@ -1,19 +1,15 @@
-"""The judge on scenes made by hand, on what no scene shows, and its two error rates."""
-
-from io import BytesIO
+"""The judge on scenes made by hand and on what no scene shows."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from rtdmd.errors import UserError
 from rtdmd.shapes.captions import COLORS, SHAPES, Caption, Group
-from rtdmd.shapes.drawing import PALETTE, draw_pictures, render
-from rtdmd.shapes.negatives import hard_negatives
+from rtdmd.shapes.drawing import PALETTE, render
 from rtdmd.shapes.reading import read_picture
 from rtdmd.shapes.scenes import BACKGROUNDS, Scene, Thing
-from rtdmd.shapes.verifier import judge, verify
+from rtdmd.shapes.verifier import verify
 
 SMALL, LARGE = 12.0, 20.0
 RED, BLUE, GREY = PALETTE["red"], PALETTE["blue"], BACKGROUNDS["grey"]
@@ -74,17 +70,17 @@ def test_each_part_fails_by_itself():
     assert parts(image, one(2, "red", "circle"), square) == ({"count"}, False)
     for relation in ("right of", "above", "below"):
         assert parts(image, circle, square, relation=relation) == ({"relation"}, False)
-    # Colours that belong to each other's shapes: two colours or two shapes are wrong, the former comes first.
-    assert parts(image, one(1, "blue", "circle"), one(1, "red", "square"))[1] is False
+    # Colours and shapes are all there, but belong together otherwise: one or the other is wrong.
+    assert parts(image, one(1, "blue", "circle"), one(1, "red", "square")) in (
+        ({"color"}, False),
+        ({"shape"}, False),
+    )
 
 
 def test_only_the_parts_that_a_caption_names():
     image = picture(thing("red", "circle", 15, 30))
-    assert verify(image, Caption((one(1, "red", "circle"),))).parts == {
-        "color": True,
-        "shape": True,
-        "count": True,
-    }
+    named = verify(image, Caption((one(1, "red", "circle"),))).parts
+    assert named == {"color": True, "shape": True, "count": True}
     assert verify(image, Caption((one(1, "red", "circle", "large"),))).credit == 3 / 4
 
 
@@ -92,10 +88,8 @@ def test_an_object_too_many_is_wrong():
     things = [thing("red", "circle", 15, 15), thing("red", "circle", 40, 15)]
     assert parts(picture(*things), one(1, "red", "circle")) == ({"count"}, False)
     assert parts(picture(*things), one(2, "red", "circle")) == (set(), True)
-    assert parts(picture(*things, thing("blue", "cross", 40, 45)), one(2, "red", "circle")) == (
-        {"count"},
-        False,
-    )
+    another = picture(*things, thing("blue", "cross", 40, 45))
+    assert parts(another, one(2, "red", "circle")) == ({"count"}, False)
     many = [thing("red", "circle", x, y) for x in (10, 25, 40, 55) for y in (10, 25, 40, 55)]
     assert parts(picture(*many), one(3, "red", "circle")) == ({"count"}, False)
 
@@ -185,68 +179,17 @@ def test_backgrounds_of_no_kind_are_wrong():
         image = painted(lambda d: d.ellipse(box(20, 20, 40, 40), BLUE), background=color)
         assert read_picture(image).background is None
         assert not verify(image, Caption((one(1, "blue", "circle"),))).correct
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert not verify(noise, Caption((one(1, "blue", "circle"),))).correct
 
 
-COUNT = 2000
-
-
-@pytest.fixture(scope="module")
-def samples():
-    pictures, captions = draw_pictures(2026, 0, COUNT, "all")
-    negatives = [
-        hard_negatives(np.random.default_rng(place), caption) for place, caption in enumerate(captions)
-    ]
-    return pictures, captions, negatives
-
-
-def blurred(pictures, sigma=0.6):
-    return np.rint(ndimage.gaussian_filter(pictures.astype(np.float32), (0, sigma, sigma, 0))).astype(
-        np.uint8
-    )
-
-
-def noisy(pictures, deviation=8):
-    noise = np.random.default_rng(1).normal(0, deviation, pictures.shape)
-    return np.clip(np.rint(pictures + noise), 0, 255).astype(np.uint8)
-
-
-def compressed(pictures):
-    """JPEG of quality 75 with halved colour, as PIL writes it."""
-
-    def there_and_back(one):
-        buffer = BytesIO()
-        Image.fromarray(one).save(buffer, format="JPEG", quality=75)
-        return np.array(Image.open(buffer))
-
-    return np.stack([there_and_back(one) for one in pictures])
-
-
-@pytest.mark.parametrize(
-    ("name", "distort"),
-    [
-        ("as drawn", lambda pictures: pictures),
-        ("blur of 0.6 pixels", blurred),
-        ("noise of 8/255", noisy),
-        ("blur and noise", lambda pictures: noisy(blurred(pictures))),
-        ("blur of 1.2 pixels", lambda pictures: blurred(pictures, 1.2)),
-        ("JPEG of quality 75", compressed),
-    ],
-)
-def test_rates(samples, name, distort):
-    """Of 2000 true pairs, and of 16 000 with one attribute altered, at most 0.5 % are misjudged."""
-    pictures, captions, negatives = samples
-    readings = [read_picture(one) for one in distort(pictures)]
-    accepted = np.mean(
-        [judge(reading, caption).correct for reading, caption in zip(readings, captions, strict=True)]
-    )
-    rejected = np.mean(
-        [
-            not judge(reading, negative).correct
-            for reading, altered in zip(readings, negatives, strict=True)
-            for negative in altered
-        ]
-    )
-    print(f"\n{name}: accepts {accepted:.2%} of the true pairs, rejects {rejected:.3%} of the altered ones")
-    assert accepted >= 0.995 and rejected >= 0.995
+def test_what_no_generator_should_paint_is_judged_all_the_same():
+    """Noise, blocks, and an object of which no pixel resembles the median of its pixels."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    blocks = np.kron(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    mottled = np.full((64, 64, 3), GREY, np.uint8)
+    colors = np.array([(220, 220, 100), (220, 100, 220), (100, 220, 220)], np.uint8)
+    mottled[20:32, 20:32] = colors[np.add.outer(np.arange(12), np.arange(12)) % 3]
+    for image in (noise, blocks, mottled):
+        assert not verify(image, Caption((one(1, "blue", "circle"),))).correct
+    (found,) = read_picture(mottled).things
+    assert (found.color, found.shape, found.box) == (None, None, (20, 20, 32, 32))
