@@ -45,6 +45,7 @@ class Plan:
     clips: dict[str, ClipSettings]
     captions: int  # for each measurement
     measured_steps: tuple[int, ...] = (4, 50)
+    teacher_until: float | None = None  # seconds after the start
 
 
 def full_plan(seed: int) -> Plan:
@@ -91,13 +92,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
-        "--teacher-seconds", type=float, help="fewer steps of the teacher if they would take longer"
+        "--teacher-until",
+        type=float,
+        metavar="SECONDS",
+        help="train the teacher for fewer steps if it would not be done so long after the start",
     )
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     device = torch.device(options.device)
     plan = quick_plan(options.seed) if options.quick else full_plan(options.seed)
-    plan = replace(plan, teacher=replace(plan.teacher, seconds=options.teacher_seconds))
+    plan = replace(plan, teacher_until=options.teacher_until)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part in ("clips", "all"):
         _record(options.out / "clips.json", lambda: train_clips(plan, options.out, device, options.seed))
@@ -133,6 +137,7 @@ def train_clips(plan: Plan, out: Path, device: torch.device, seed: int) -> dict[
 
 def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> dict[str, object]:
     """Autoencoder, then text encoder and transformer on its latents; accuracy of the saved pipeline."""
+    start = time.perf_counter()
     drawn = draw(seed, plan.pictures, "train")
     images = drawn.images.to(device)
     autoencoder = train_autoencoder(
@@ -149,7 +154,10 @@ def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> di
     tokens = chat_tokens(tokenizer, texts, TEXT_TOKENS).to(device)
     empty = chat_tokens(tokenizer, [""], TEXT_TOKENS)[0].to(device)
     del images
-    teacher, steps = train_teacher(latents, tokens, empty, tokenizer, plan.teacher)
+    settings = plan.teacher
+    if plan.teacher_until is not None:
+        settings = replace(settings, seconds=plan.teacher_until - (time.perf_counter() - start))
+    teacher, steps = train_teacher(latents, tokens, empty, tokenizer, settings)
     folder = out / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     Flux2KleinPipeline(

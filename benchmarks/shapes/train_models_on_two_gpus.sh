@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The small world's models on two GPUs at once, then how long the study's steps take beside the teacher's training.
-#   bash benchmarks/shapes/train_models_on_two_gpus.sh OUT [SECONDS of the teacher]
+#   bash benchmarks/shapes/train_models_on_two_gpus.sh OUT [SECONDS until the teacher is trained]
 set -uo pipefail
 out=$1
-seconds=${2:-330}
+seconds=${2:-600}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
 mkdir -p "$out" build/world
 (
   CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks.shapes.train_models --part pipeline --out build/world \
-    --teacher-seconds "$seconds" >"$out/pipeline.txt" 2>&1
+    --teacher-until "$seconds" >"$out/pipeline.txt" 2>&1
   tar -C build/world -cJf "$out/pipeline.tar.xz" pipeline pipeline.json
   echo "pipeline done after $SECONDS s"
 ) &
