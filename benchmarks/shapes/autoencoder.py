@@ -32,7 +32,7 @@ def train_autoencoder(
 ) -> AutoencoderKLFlux2:
     """L1 + 2·MSE + 3e-4·KL on uint8 ``images`` [N, 3, 64, 64]; then the latents' statistics."""
     torch.manual_seed(seed)
-    model = make_autoencoder().to(device)
+    model = make_autoencoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = Schedule(optimizer, steps, warmup=100)
     clock = Clock("autoencoder", steps)

@@ -184,12 +184,14 @@ def choice_accuracy(folder: Path, drawn: Drawn, device: torch.device) -> dict[st
 
     encoder = ClipEncoder.load(str(folder), device, torch.float32)
     right: dict[str, list[bool]] = defaultdict(list)
+    model, tokenizer = encoder.model, encoder.tokenizer
     for part in range(0, len(drawn), 256):
         chosen = slice(part, part + 256)
         pictures = encoder.image_features(to_unit(drawn.images[chosen].to(device)))
         for picture, caption, wrong in zip(
             pictures, drawn.captions[chosen], drawn.wrong[chosen], strict=True
         ):
-            scores = encoder.text_features([caption.text, *wrong]) @ picture
+            tokens = padded_tokens(tokenizer, [caption.text, *wrong], LENGTH).to(device)
+            scores = embed_tokens(model, tokens) @ picture
             right[caption.kind].append(bool(scores[0] > scores[1:].max()))
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}

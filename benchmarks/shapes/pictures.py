@@ -46,16 +46,18 @@ def draw(
     seed: int,
     count: int,
     split: Split,
-    *,
     num_wrong: int = 0,
     proportions: Mapping[str, float] = PROPORTIONS,
 ) -> Drawn:
-    """``count`` pictures of ``split``, a function of the arguments, whatever the number of processes."""
+    """``count`` pictures of ``split``, a function of the arguments, whatever the number of processes.
+
+    Call it before CUDA is used: the processes are forks, which have imported everything already.
+    """
     starts = range(0, count, CHUNK)
     job = partial(
         _draw_chunk, seed=seed, total=count, split=split, num_wrong=num_wrong, proportions=proportions
     )
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         parts = list(pool.map(job, starts))
     images = torch.from_numpy(np.concatenate([part[0] for part in parts])).permute(0, 3, 1, 2).contiguous()
     return Drawn(
@@ -98,8 +100,9 @@ def chat_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
 
 def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
     """Token ids [N, L], padded; ValueError if a text needs more than L tokens."""
-    ids: list[list[int]] = tokenizer(list(texts), padding="max_length", max_length=length)["input_ids"]
+    known = {text: number for number, text in enumerate(dict.fromkeys(texts))}  # most texts recur
+    ids: list[list[int]] = tokenizer([*known], padding="max_length", max_length=length)["input_ids"]
     longest = max(map(len, ids))
     if longest > length:
         raise ValueError(f"a text has {longest} tokens, more than {length}")
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64)[[known[text] for text in texts]]

@@ -5,6 +5,7 @@ Legend: B batch, L text tokens, D width of the text encoder.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -136,31 +137,64 @@ def train_teacher(
     )
     schedule = Schedule(optimizer, settings.steps, warmup=min(500, settings.steps // 10 + 1))
     average = Average(teacher, settings.ema_decay)
-    predict = torch.compile(teacher) if settings.compile else teacher
+    fast = HalfCopy(teacher)
+    predict = torch.compile(fast.model) if settings.compile else fast.model
     clock = Clock("teacher", settings.steps)
-    start, step = 0.0, -1
+    began, step = _now(device), -1
+    timed = began
     while (step := step + 1) < schedule.steps:
-        if step == _WARM and settings.seconds is not None:
-            start = _now(device)
+        if step == _WARM:
+            timed = _now(device)
         if step == _WARM + _TIMED and settings.seconds is not None:
-            pace = (_now(device) - start) / _TIMED
-            schedule.steps = min(settings.steps, int(settings.seconds / pace))
+            pace = (_now(device) - timed) / _TIMED
+            left = settings.seconds - (_now(device) - began)
+            schedule.steps = min(settings.steps, step + int(left / pace))
             print(f"teacher: {1000 * pace:.1f} ms a step, {schedule.steps} steps", flush=True)
         chosen = torch.randint(len(latents), (settings.batch_size,), device=device)
         dropped = torch.rand(settings.batch_size, 1, device=device) < CAPTION_DROPOUT
         captions = torch.where(dropped, empty, tokens[chosen])
         x0 = latents[chosen]
         noise = torch.randn_like(x0)
-        sigma = (torch.randn(settings.batch_size, device=device) + 0.3).sigmoid()
+        # In the network's precision, so that it sees the noise level that there is.
+        sigma = (torch.randn(settings.batch_size, device=device) + 0.3).sigmoid().to(fast.dtype).float()
         level = sigma.view(-1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            velocity = predict((1 - level) * x0 + level * noise, sigma, captions)
+        x = (1 - level) * x0 + level * noise
+        velocity = predict(x.to(fast.dtype), sigma, captions)
         loss = (velocity.float() - (noise - x0)).square().mean()
-        schedule.update(loss, teacher)
+        loss.backward()
+        fast.hand_over_gradients()
+        schedule.step(teacher)
+        fast.refresh()
         average.update()
         clock.tick(step, loss)
     average.write()
     return teacher.eval().requires_grad_(False), step
+
+
+class HalfCopy:
+    """A bfloat16 copy of a model (float32 on a CPU), which computes; the model keeps the float32 masters."""
+
+    def __init__(self, master: nn.Module) -> None:
+        self.model = copy.deepcopy(master)
+        on_gpu = next(master.parameters()).device.type == "cuda"
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32
+        for parameter in self.model.parameters():  # buffers hold positions, which bfloat16 would round
+            parameter.data = parameter.data.to(self.dtype)
+        pairs = zip(master.parameters(), self.model.parameters(), strict=True)
+        chosen = [(own, fast) for own, fast in pairs if own.requires_grad]
+        self._masters = [own for own, _ in chosen]
+        self._copies = [fast for _, fast in chosen]
+
+    def hand_over_gradients(self) -> None:
+        """Move the copy's gradients to the masters, in float32."""
+        for own, fast in zip(self._masters, self._copies, strict=True):
+            assert fast.grad is not None
+            own.grad, fast.grad = fast.grad.float(), None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters into the copy."""
+        torch._foreach_copy_(list(self._copies), list(self._masters))
 
 
 def _now(device: torch.device) -> float:

@@ -2,8 +2,8 @@
 
   python -m benchmarks.shapes.train_models --out data/shapes
 
-Everything follows from ``--seed``; one H100 takes under 15 minutes. ``--part pipeline`` and ``--part clips``
-may run on two GPUs at once. ``--quick`` is a try of a few steps on a CPU; its models are worthless.
+Everything follows from ``--seed``; one H100 takes under 15 minutes. ``--part clips`` may run on
+another GPU meanwhile. ``--quick`` is a try of a few steps on a CPU; its models are worthless.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,11 +24,11 @@ from benchmarks.shapes.autoencoder import encode, normalise, train_autoencoder
 from benchmarks.shapes.judge_clip import ClipSettings, choice_accuracy, train_clip
 from benchmarks.shapes.pictures import WORDS, Drawn, chat_tokens, draw, to_unit
 from benchmarks.shapes.teacher import TeacherSettings, train_teacher
-from rtdmd.models import get_family
+from rtdmd.models.flux2 import Flux2Family
 from rtdmd.models.tiny_tokenizers import qwen_tokenizer
 from rtdmd.models.weights import WeightSource, load_network
 from rtdmd.shapes.prompts import distinct_captions
-from rtdmd.shapes.splits import Split
+from rtdmd.shapes.splits import PROPORTIONS, Split
 
 TEXT_TOKENS = 24
 CLIP_PROPORTIONS = {"single": 0.12, "count": 0.16, "and": 0.18, "relation": 0.34, "mix": 0.20}
@@ -44,24 +45,39 @@ class Plan:
     clip_pictures: int
     clips: dict[str, ClipSettings]
     captions: int  # for each measurement
+    seed: int
     measured_steps: tuple[int, ...] = (4, 50)
     teacher_until: float | None = None  # seconds after the start
+    out: Path = Path("data/shapes")
+    device: torch.device = torch.device("cpu")
+
+    def drawings(self, part: str) -> list[tuple[int, int, Split, int, Mapping[str, float]]]:
+        """What a part is made of, as arguments of ``draw``."""
+        if part == "clips":
+            return [
+                (self.seed + 1, self.clip_pictures, "all", 8, CLIP_PROPORTIONS),
+                (self.seed + 2, 4 * self.captions, "all", 8, PROPORTIONS),
+            ]
+        if part == "pipeline":
+            return [(self.seed, self.pictures, "train", 0, PROPORTIONS)]
+        return [(self.seed + 3, 2 * self.captions, "train", 0, PROPORTIONS)]
 
 
 def full_plan(seed: int) -> Plan:
     return Plan(
-        pictures=500_000,
-        autoencoder_steps=2500,
+        pictures=300_000,
+        autoencoder_steps=1800,
         autoencoder_batch=256,
         teacher=TeacherSettings(steps=22_000, seed=seed),
-        clip_pictures=300_000,
+        clip_pictures=200_000,
         clips={
-            "clip": ClipSettings(width=96, vision_layers=4, text_layers=2, steps=9000, seed=seed),
+            "clip": ClipSettings(width=96, vision_layers=4, text_layers=2, steps=5500, seed=seed),
             "monitor_clip": ClipSettings(
-                width=64, vision_layers=3, text_layers=2, steps=7000, seed=seed + 1000, projection=48
+                width=64, vision_layers=3, text_layers=2, steps=3500, seed=seed + 1000, projection=48
             ),
         },
         captions=1024,
+        seed=seed,
     )
 
 
@@ -87,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("data/shapes"))
-    parser.add_argument("--part", choices=("pipeline", "clips", "all"), default="all")
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true")
@@ -99,46 +115,41 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    device = torch.device(options.device)
     plan = quick_plan(options.seed) if options.quick else full_plan(options.seed)
-    plan = replace(plan, teacher_until=options.teacher_until)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.part in ("clips", "all"):
-        _record(options.out / "clips.json", lambda: train_clips(plan, options.out, device, options.seed))
-    if options.part in ("pipeline", "all"):
-        _record(
-            options.out / "pipeline.json", lambda: train_pipeline(plan, options.out, device, options.seed)
-        )
+    plan = replace(
+        plan, out=options.out, device=torch.device(options.device), teacher_until=options.teacher_until
+    )
+    plan.out.mkdir(parents=True, exist_ok=True)
+    parts = list(PARTS) if options.part == "all" else [options.part]
+    drawn = {part: [draw(*what) for what in plan.drawings(part)] for part in parts}  # before CUDA is used
+    for part in parts:
+        start = time.perf_counter()
+        measured = PARTS[part](plan, *drawn[part])
+        measured["seconds"] = round(time.perf_counter() - start)
+        text = json.dumps(measured, indent=2) + "\n"
+        (plan.out / f"{part}.json").write_text(text, encoding="utf-8")
+        print(text, flush=True)
 
 
-def _record(path: Path, work) -> None:  # type: ignore[no-untyped-def]
-    """Run and write what it measured, with the time it took."""
-    start = time.perf_counter()
-    measured = work()
-    measured["seconds"] = round(time.perf_counter() - start)
-    path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(measured, indent=2), flush=True)
-
-
-def train_clips(plan: Plan, out: Path, device: torch.device, seed: int) -> dict[str, object]:
+def train_clips(plan: Plan, drawn: Drawn, others: Drawn) -> dict[str, object]:
     """The reward's CLIP and the monitor's, trained on every combination; their accuracy on other pictures."""
-    drawn = draw(seed + 1, plan.clip_pictures, "all", num_wrong=8, proportions=CLIP_PROPORTIONS)
-    others = draw(seed + 2, 4 * plan.captions, "all", num_wrong=8)
     measured: dict[str, object] = {}
     for name, settings in plan.clips.items():
-        model, processor = train_clip(drawn, device, settings)
-        folder = out / name
+        model, processor = train_clip(drawn, plan.device, settings)
+        folder = plan.out / name
         shutil.rmtree(folder, ignore_errors=True)
         model.half().save_pretrained(folder)
         processor.save_pretrained(folder)
-        measured[name] = {"right caption among 8 wrong ones": choice_accuracy(folder, others, device)}
+        measured[name] = {
+            "right caption among 8 wrong ones": choice_accuracy(folder, others, plan.device),
+            "steps": settings.steps,
+        }
     return measured
 
 
-def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> dict[str, object]:
-    """Autoencoder, then text encoder and transformer on its latents; accuracy of the saved pipeline."""
-    start = time.perf_counter()
-    drawn = draw(seed, plan.pictures, "train")
+def train_pipeline(plan: Plan, drawn: Drawn) -> dict[str, object]:
+    """Autoencoder, then text encoder and transformer on its latents."""
+    start, device = time.perf_counter(), plan.device
     images = drawn.images.to(device)
     autoencoder = train_autoencoder(
         images,
@@ -146,19 +157,19 @@ def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> di
         steps=plan.autoencoder_steps,
         batch_size=plan.autoencoder_batch,
         learning_rate=2e-3,
-        seed=seed,
+        seed=plan.seed,
     )
     latents = normalise(autoencoder, encode(autoencoder, images, device))
+    del images
     tokenizer = qwen_tokenizer(WORDS)
     texts = [caption.text for caption in drawn.captions]
     tokens = chat_tokens(tokenizer, texts, TEXT_TOKENS).to(device)
     empty = chat_tokens(tokenizer, [""], TEXT_TOKENS)[0].to(device)
-    del images
     settings = plan.teacher
     if plan.teacher_until is not None:
         settings = replace(settings, seconds=plan.teacher_until - (time.perf_counter() - start))
     teacher, steps = train_teacher(latents, tokens, empty, tokenizer, settings)
-    folder = out / "pipeline"
+    folder = plan.out / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
     Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -169,22 +180,19 @@ def train_pipeline(plan: Plan, out: Path, device: torch.device, seed: int) -> di
         tokenizer=tokenizer,
         transformer=teacher.transformer.half(),
     ).save_pretrained(folder)
-    return measure_pipeline(folder, drawn, plan, device, seed) | {"teacher_steps": steps}
+    return {"autoencoder steps": plan.autoencoder_steps, "teacher steps": steps}
 
 
-def measure_pipeline(
-    folder: Path, drawn: Drawn, plan: Plan, device: torch.device, seed: int
-) -> dict[str, object]:
-    """The judge's word on reconstructions, and on held-out captions by steps and guidance."""
-    family = get_family("flux2").load(
+def measure_pipeline(plan: Plan, drawn: Drawn) -> dict[str, object]:
+    """The judge's word on true pictures, reconstructions, and held-out captions by steps and guidance."""
+    folder, device = plan.out / "pipeline", plan.device
+    family = Flux2Family.load(
         str(folder), device=device, dtype=torch.float32, max_sequence_length=TEXT_TOKENS
     )
     network = load_network(family.transformer_class, WeightSource(str(folder)), torch.float32, device)
-    count = plan.captions
-    images, captions = drawn.images[:count], drawn.captions[:count]
-    vae = family.vae
+    images, captions = drawn.images, drawn.captions
     with torch.no_grad():
-        latents = normalise(vae, encode(vae, images, device))
+        latents = normalise(family.vae, encode(family.vae, images, device))
         rebuilt = torch.cat([family.decode(part) for part in latents.split(256)])
     measured: dict[str, object] = {
         "true pictures": outcomes.accuracy(outcomes.judge(to_unit(images), captions), captions),
@@ -192,16 +200,23 @@ def measure_pipeline(
     }
     splits: tuple[Split, ...] = ("validation", "test")
     for split in splits:
-        held_out = distinct_captions(split, count, seed)
+        held_out = distinct_captions(split, plan.captions, plan.seed)
         prompts = [caption.text for caption in held_out]
         for steps in plan.measured_steps:
             for guidance in (1.0, 2.0, 3.0, 4.0):
                 sampler = outcomes.euler(steps, guidance)
-                painted = outcomes.paint_many(family, network, prompts, sampler, seed=seed)
+                painted = outcomes.paint_many(family, network, prompts, sampler, seed=plan.seed)
                 found = outcomes.accuracy(outcomes.judge(painted, held_out), held_out)
                 measured[f"{split}, {steps} steps, guidance {guidance:g}"] = found
+                print(split, steps, guidance, found, flush=True)
     return measured
 
+
+PARTS: dict[str, Callable[..., dict[str, object]]] = {
+    "clips": train_clips,
+    "pipeline": train_pipeline,
+    "measures": measure_pipeline,
+}
 
 if __name__ == "__main__":
     main()

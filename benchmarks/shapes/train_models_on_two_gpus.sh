@@ -9,16 +9,16 @@ mkdir -p "$out" build/world
 (
   CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks.shapes.train_models --part pipeline --out build/world \
     --teacher-until "$seconds" >"$out/pipeline.txt" 2>&1
-  tar -C build/world -cJf "$out/pipeline.tar.xz" pipeline pipeline.json
+  tar -C build/world -cf "$out/pipeline.tar" pipeline pipeline.json
   echo "pipeline done after $SECONDS s"
 ) &
 (
   CUDA_VISIBLE_DEVICES=1 python3 -m benchmarks.shapes.train_models --part clips --out build/world >"$out/clips.txt" 2>&1
-  tar -C build/world -cJf "$out/clips.tar.xz" clip monitor_clip clips.json
+  tar -C build/world -cf "$out/clips.tar" clip monitor_clip clips.json
   echo "clips done after $SECONDS s"
   export CUDA_VISIBLE_DEVICES=1 OMP_NUM_THREADS=1
-  python3 -m benchmarks.shapes.train_models --quick --out build/quick >"$out/quick.txt" 2>&1
-  few=(model.pipeline=build/quick/pipeline rewards.0.weights=build/quick/clip cold_start.iterations=60 rtdmd.epochs=6
+  python3 -m benchmarks.shapes.train_models --quick --part pipeline --out build/quick >"$out/quick.txt" 2>&1
+  few=(model.pipeline=build/quick/pipeline rewards.0.weights=build/world/clip cold_start.iterations=60 rtdmd.epochs=6
     preview.num_images=0)
   python3 -m benchmarks.shapes.study train "${few[@]}" --out build/timing1 --seeds 0 --parallel 1 --only ac_dmd rtdmd
   python3 -m benchmarks.shapes.study train "${few[@]}" --out build/timing8 --seeds 0 1 2 3 4 5 6 7 --parallel 8 \
@@ -29,8 +29,8 @@ mkdir -p "$out" build/world
     echo
   done
   tail -n 15 build/timing1/logs/*.txt
-  python3 -m benchmarks.shapes.measure build/timing1/rtdmd-0 --count 64 2>&1 | tail -n 12
   tar -cJf "$out/timing.tar.xz" build/timing1/*/metrics.jsonl build/timing8/*/metrics.jsonl build/timing*/logs
+  echo "timing done after $SECONDS s"
 ) &
 wait
 tail -n 60 "$out/pipeline.txt" "$out/clips.txt"

@@ -24,9 +24,13 @@ class Schedule:
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def update(self, loss: Tensor, model: nn.Module) -> None:
-        """One clipped optimizer step; a non-finite gradient raises."""
+        """Backward and :meth:`step`."""
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.step(model)
+
+    def step(self, model: nn.Module) -> None:
+        """One clipped optimizer step along the gradients that are there."""
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         self._optimizer.step()
         self._scheduler.step()
