@@ -47,6 +47,12 @@ def _check_geneval_prompt(prompt: str, row: Mapping[str, Any]) -> None:
     Request.parse(prompt, row)
 
 
+def _check_geneval2_prompt(prompt: str, row: Mapping[str, Any]) -> None:
+    from rtdmd.rewards.geneval2_rules import questions
+
+    questions(prompt, row)
+
+
 def _check_shapes_prompt(prompt: str, row: Mapping[str, Any]) -> None:
     from rtdmd.shapes.captions import Caption
 
@@ -56,7 +62,9 @@ def _check_shapes_prompt(prompt: str, row: Mapping[str, Any]) -> None:
 _CLIP_L = "openai/clip-vit-large-patch14"
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
-_CLIP_TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
+_QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct"
+_QWEN3_VL = "Qwen/Qwen3-VL-8B-Instruct"
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 _CLIP_MODEL = ("model.safetensors", "config.json")
 
 _SPECS = (
@@ -65,7 +73,8 @@ _SPECS = (
         differentiable=True,
         default_weights=_CLIP_L,
         licence="MIT (the code's; the weights state none)",
-        needs_files=(HubFiles(_CLIP_L, (*_CLIP_MODEL, "preprocessor_config.json", *_CLIP_TOKENIZER)),),
+        modes=("default", "official"),
+        needs_files=(HubFiles(_CLIP_L, (*_CLIP_MODEL, "preprocessor_config.json", *_TOKENIZER)),),
     ),
     RewardSpec(
         name="pickscore",
@@ -74,7 +83,7 @@ _SPECS = (
         licence="none stated",
         needs_files=(
             HubFiles("yuvalkirstain/PickScore_v1", _CLIP_MODEL),
-            HubFiles(_CLIP_H, ("config.json", "preprocessor_config.json", *_CLIP_TOKENIZER)),
+            HubFiles(_CLIP_H, ("config.json", "preprocessor_config.json", *_TOKENIZER)),
         ),
     ),
     RewardSpec(
@@ -84,7 +93,17 @@ _SPECS = (
         licence="Apache-2.0",
         needs_files=(
             HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),
-            HubFiles(_CLIP_H, ("config.json", *_CLIP_TOKENIZER)),
+            HubFiles(_CLIP_H, ("config.json", *_TOKENIZER)),
+        ),
+    ),
+    RewardSpec(
+        name="hpsv3",
+        differentiable=True,
+        default_weights="MizzenAI/HPSv3",
+        licence="MIT (Qwen2-VL's is Apache-2.0)",
+        needs_files=(
+            HubFiles("MizzenAI/HPSv3", ("HPSv3.safetensors",)),
+            HubFiles(_QWEN2_VL, _TOKENIZER),
         ),
     ),
     RewardSpec(
@@ -104,7 +123,7 @@ _SPECS = (
         licence="Apache-2.0",
         needs_files=(
             HubFiles("THUDM/ImageReward", ("ImageReward.pt",)),
-            HubFiles("google-bert/bert-base-uncased", ("tokenizer_config.json", "tokenizer.json")),
+            HubFiles("google-bert/bert-base-uncased", _TOKENIZER),
         ),
     ),
     RewardSpec(
@@ -130,9 +149,28 @@ _SPECS = (
         modes=("default", "official"),
         needs_files=(
             HubFiles(_MASK2FORMER, (*_CLIP_MODEL, "preprocessor_config.json")),
-            HubFiles(_CLIP_L, (*_CLIP_MODEL, "preprocessor_config.json", *_CLIP_TOKENIZER)),
+            HubFiles(_CLIP_L, (*_CLIP_MODEL, "preprocessor_config.json", *_TOKENIZER)),
         ),
         check_prompt=_check_geneval_prompt,
+    ),
+    RewardSpec(
+        name="geneval2",
+        differentiable=True,
+        default_weights=_QWEN3_VL,
+        licence="Apache-2.0 (the benchmark's prompts are CC BY-NC 4.0)",
+        modes=("default", "official"),
+        needs_files=(
+            HubFiles(
+                _QWEN3_VL,
+                (
+                    "model.safetensors.index.json",
+                    *(f"model-0000{part}-of-00004.safetensors" for part in range(1, 5)),
+                    "config.json",
+                    *_TOKENIZER,
+                ),
+            ),
+        ),
+        check_prompt=_check_geneval2_prompt,
     ),
     RewardSpec(
         name="shapes",

@@ -20,7 +20,8 @@ Config = TypeVar("Config")
 def read_state_dict(path: Path, published: HubFiles) -> dict[str, Tensor]:
     """The tensors of a .pt, .pth or .safetensors file by name, on the CPU.
 
-    They may lie under ``state_dict``, each name may begin with ``module.``: training scripts save them so.
+    They may lie under ``state_dict`` or ``model``, and each name may begin with ``module.``, as training
+    scripts save them.
 
     Raises:
         UserError: the file is damaged or holds something else; names the command that fetches ``published``.
@@ -34,8 +35,9 @@ def read_state_dict(path: Path, published: HubFiles) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file makes the readers raise about anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path}: damaged, or no file of weights ({reason}); {fetch}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     tensors = {}
     if isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -72,9 +74,14 @@ def config_beside(folder: Path | None, published: Config) -> Config:
 
 
 def build_model(
-    model_class: Any, config: Any, state: Mapping[str, Tensor], source: Path, **options: Any
+    model_class: Any,
+    config: Any,
+    state: Mapping[str, Tensor],
+    source: Path,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Any:
-    """A transformers model in float32 and evaluation mode with exactly the weights of ``state``.
+    """A transformers model in ``dtype`` and evaluation mode with exactly the weights of ``state``.
 
     ``options`` go to the model's constructor. Names that the model doesn't know are left out.
 
@@ -87,9 +94,7 @@ def build_model(
     check_weights(expected, state, source, model_class.__name__)
     chosen = {name: state[name] for name in expected}
     # Unlike the constructor this draws no random weights first, which takes long and moves the global seed.
-    model = model_class.from_pretrained(
-        None, config=config, state_dict=chosen, dtype=torch.float32, **options
-    )
+    model = model_class.from_pretrained(None, config=config, state_dict=chosen, dtype=dtype, **options)
     return model.requires_grad_(False).eval()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from rtdmd.errors import UserError
-from rtdmd.rewards.clip_vision import ClipInput, ClipVision, unit_length
+from rtdmd.rewards.clip_vision import ClipInput, ClipVision, Fit, unit_length
 from rtdmd.rewards.protocol import Metadata
 from rtdmd.rewards.sources import fetch_hint, first_line
 from rtdmd.rewards.validation import check_batch, check_scores
@@ -75,10 +75,12 @@ class ClipEncoder:
         *,
         revision: str | None = None,
         processor: str | None = None,
+        fit: Fit = "crop",
     ) -> ClipEncoder:
         """Load safetensors weights from a folder or hub id.
 
-        Tokenizer and image input come from ``processor``, by default from ``weights`` as well.
+        Tokenizer and image input come from ``processor``, by default from ``weights`` as well. ``fit``: how
+        a picture becomes a square.
 
         Raises:
             UserError: files are missing, some of the model's weights aren't in them, or the tokenizer isn't
@@ -104,7 +106,7 @@ class ClipEncoder:
             )
         source, source_revision = (weights, revision) if processor is None else (processor, None)
         tokenizer = load_tokenizer(source, source_revision, model.config.text_config.vocab_size)
-        encoder = cls(model, tokenizer, ClipInput.load(source, source_revision))
+        encoder = cls(model, tokenizer, ClipInput.load(source, source_revision, fit))
         model.to(device=device, dtype=dtype)
         return encoder
 

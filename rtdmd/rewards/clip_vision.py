@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection
 from transformers.models.clip import CLIPImageProcessorPil
 
 from rtdmd.errors import UserError
-from rtdmd.rewards.preprocessing import clip_preprocess, pad_preprocess
+from rtdmd.rewards.preprocessing import bilinear_preprocess, clip_preprocess, pad_preprocess
 from rtdmd.rewards.recomputation import recompute_in_backward
 from rtdmd.rewards.sources import fetch_hint, first_line
 
@@ -23,6 +23,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _PIL_BICUBIC = 3
+Fit = Literal["crop", "pad", "bilinear crop"]
+_PREPROCESS = {"crop": clip_preprocess, "pad": pad_preprocess, "bilinear crop": bilinear_preprocess}
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class ClipInput:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Fit = "crop"
 
     @classmethod
-    def load(cls, source: str, revision: str | None = None) -> ClipInput:
+    def load(cls, source: str, revision: str | None = None, fit: Fit = "crop") -> ClipInput:
         """Read a checkpoint's preprocessor configuration; UserError unless bicubic with a centre crop."""
         try:
             processor = CLIPImageProcessorPil.from_pretrained(source, revision=revision)
@@ -50,12 +52,11 @@ class ClipInput:
                 f"{source}: needs a bicubic resize of the shortest edge and a centre crop of the same size, "
                 f"found resample {processor.resample}, size {processor.size}, crop {crop}"
             )
-        return cls(side, tuple(processor.image_mean), tuple(processor.image_std))
+        return cls(side, tuple(processor.image_mean), tuple(processor.image_std), fit)
 
     def prepare(self, images: Tensor, quantise: bool = True) -> Tensor:
         """[B, 3, S, S] in float32 (float64 from float64) of images [B, 3, H, W] in [0, 1]."""
-        preprocess = clip_preprocess if self.fit == "crop" else pad_preprocess
-        return preprocess(images, self.size, self.mean, self.std, quantise)
+        return _PREPROCESS[self.fit](images, self.size, self.mean, self.std, quantise)
 
 
 class ClipVision:

@@ -1,4 +1,4 @@
-"""CLIP's image preprocessing, equal to PIL's to the bit and differentiable.
+"""Image preprocessing of CLIP and the Qwen-VL family, equal to PIL's to the bit and differentiable.
 
 Legend: B batch, H W picture, h w resized picture, S side of the crop.
 
@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 _LEVELS = 255.0
 _COEFFICIENT_SCALE = 2.0**22
-_BICUBIC_SUPPORT = 2.0
 _BICUBIC_A = -0.5
+
+# What a pixel contributes by its distance, and beyond which distance it doesn't.
+_Filter = Literal["bicubic", "bilinear"]
+_SUPPORT: dict[_Filter, float] = {"bicubic": 2.0, "bilinear": 1.0}
 
 
 def clip_preprocess(
@@ -64,6 +68,37 @@ def pad_preprocess(
     rows, columns = size - height, size - width
     borders = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
     return _normalise(torch.nn.functional.pad(levels, borders), mean, std, images.dtype)
+
+
+def stretch_preprocess(
+    images: Tensor,
+    height: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    quantise: bool = True,
+) -> Tensor:
+    """Resize to ``height`` × ``width`` (bicubic, antialiased), (x − mean) / std: [B, 3, height, width].
+
+    Arguments and result otherwise as in ``clip_preprocess``.
+    """
+    levels = resize_bicubic(_picture_levels(images, quantise), height, width, quantise)
+    return _normalise(levels, mean, std, images.dtype)
+
+
+def bilinear_preprocess(
+    images: Tensor, size: int, mean: Sequence[float], std: Sequence[float], quantise: bool = True
+) -> Tensor:
+    """``clip_preprocess`` as torchvision's Resize and CenterCrop do it on a tensor in floating point.
+
+    Bilinear, antialiased, neither rounded nor clamped after the resize; the crop's corner is rounded half to
+    even. ``quantise`` is about the picture's own 255 levels.
+    """
+    height, width = shortest_edge_size(images.shape[-2], images.shape[-1], size)
+    levels = _resize(_picture_levels(images, quantise), height, width, lambda values: values, "bilinear")
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    levels = levels[..., top : top + size, left : left + size]  # (B, 3, S, S)
+    return _normalise(levels, mean, std, images.dtype)
 
 
 def _picture_levels(images: Tensor, quantise: bool) -> Tensor:
@@ -110,12 +145,18 @@ def resize_bicubic(levels: Tensor, height: int, width: int, quantise: bool = Tru
     return _resize(levels, height, width, lambda values: _to_levels(values, quantise))
 
 
-def _resize(levels: Tensor, height: int, width: int, after_pass: Callable[[Tensor], Tensor]) -> Tensor:
+def _resize(
+    levels: Tensor,
+    height: int,
+    width: int,
+    after_pass: Callable[[Tensor], Tensor],
+    filter_name: _Filter = "bicubic",
+) -> Tensor:
     if levels.shape[-1] != width:
-        matrix = _bicubic_matrix(levels.shape[-1], width, levels.device)  # (w, W)
+        matrix = _resize_matrix(levels.shape[-1], width, filter_name, levels.device)  # (w, W)
         levels = after_pass(levels @ matrix.T)  # (B, 3, H, w)
     if levels.shape[-2] != height:
-        matrix = _bicubic_matrix(levels.shape[-2], height, levels.device)  # (h, H)
+        matrix = _resize_matrix(levels.shape[-2], height, filter_name, levels.device)  # (h, H)
         levels = after_pass(matrix @ levels)  # (B, 3, h, w)
     return levels
 
@@ -132,15 +173,16 @@ def _round_straight_through(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _bicubic_matrix(size_in: int, size_out: int, device: torch.device) -> Tensor:
+def _resize_matrix(size_in: int, size_out: int, filter_name: _Filter, device: torch.device) -> Tensor:
     """Coefficients [size_out, size_in] of one antialiased pass, float64, rounded to 22 bits as PIL's are."""
     scale = size_in / size_out
     filter_scale = max(scale, 1.0)
-    support = _BICUBIC_SUPPORT * filter_scale
+    support = _SUPPORT[filter_name] * filter_scale
     centre = (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5) * scale
     pixel = torch.arange(size_in, dtype=torch.float64)[None, :]
     inside = (pixel >= (centre - support + 0.5).trunc()) & (pixel < (centre + support + 0.5).trunc())
-    weights = _bicubic((pixel - centre + 0.5) / filter_scale) * inside
+    kernel = _bicubic if filter_name == "bicubic" else _triangle
+    weights = kernel((pixel - centre + 0.5) / filter_scale) * inside
     weights = weights / weights.sum(dim=1, keepdim=True) * _COEFFICIENT_SCALE
     rounded = (weights.abs() + 0.5).floor() * weights.sign()
     return (rounded / _COEFFICIENT_SCALE).to(device)
@@ -152,3 +194,8 @@ def _bicubic(distance: Tensor) -> Tensor:
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * a
     return torch.where(x < 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    """1 − |x|, zero beyond 1: linear interpolation."""
+    return (1.0 - distance.abs()).clamp(min=0.0)
