@@ -3,11 +3,12 @@
     python benchmarks/reward_memory.py --transformer --output reward_memory.json
     python benchmarks/reward_memory.py --tiny --device cpu --transformer --aesthetic --hpsv3 --geneval2
 
-Everything has random weights, made on the device in bfloat16, and nothing is downloaded: the configurations
-are those of the published models. Measured is what a training step does on its last transition: x0 from the
-generator (FLUX.2-klein 4B with a LoRA, activations recomputed), ``RewardPanel.hinge`` through the decoder and
-the scorers, and the gradient back into the LoRA; without ``--transformer`` x0 is a leaf. First the decoder
-with a reward that costs nothing, then each scorer alone, then all together. Without CUDA there is time only.
+Everything has random weights, made on the device in bfloat16 (in float32 on a CPU, where that is faster), and
+nothing is downloaded: the configurations are those of the published models. Measured is what a training step
+does on its last transition: x0 from the generator (FLUX.2-klein 4B with a LoRA, activations recomputed),
+``RewardPanel.hinge`` through the decoder and the scorers, and the gradient back into the LoRA; without
+``--transformer`` x0 is a leaf. First the decoder with a reward that costs nothing, then each scorer alone,
+then all together. Without CUDA there is time only.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class Step:
         chunk: pictures decoded, scored and back-propagated at once.
         size: side of a picture in pixels.
         device: of everything.
+        dtype: of the networks.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Step:
         chunk: int,
         size: int,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.family = family
         self.transformer = transformer
@@ -131,7 +134,7 @@ class Step:
         self.captions = Captions([PROMPT] * batch, [{"vqa_list": QUESTIONS}] * batch)
         if transformer is not None:
             shape = (batch, TEXT_TOKENS, transformer.config.joint_attention_dim)
-            embeddings = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+            embeddings = torch.randn(shape, generator=generator, device=device, dtype=dtype)
             self.text = TextEmbeddings({"prompt_embeds": embeddings})
 
     def run(self, rewards: Sequence[Reward]) -> None:
@@ -212,20 +215,21 @@ def count(modules: Sequence[nn.Module]) -> int:
 
 def measure_all(arguments: argparse.Namespace, device: torch.device, report: Callable[[Row], None]) -> None:
     """Call ``report`` with each measurement as it is made."""
-    with creating_on(device, torch.bfloat16):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with creating_on(device, dtype):
         family = build_family(arguments.tiny)
         transformer = build_transformer(arguments.tiny) if arguments.transformer else None
     fixed = [family.vae]
     if transformer is not None:
         fixed.append(transformer)
         attach_adapter(transformer, 32, 64.0, family.lora_targets)
-    step = Step(family, transformer, arguments.batch, arguments.chunk, arguments.size, device)
+    step = Step(family, transformer, arguments.batch, arguments.chunk, arguments.size, device, dtype)
     report(measure(Brightness.name, step, [Brightness()], count(fixed), arguments.repeats))
     optional = [name for name in OPTIONAL_SCORERS if getattr(arguments, name)]
     names = [*DEFAULT_SCORERS, *optional]
 
     def build(name: str) -> tuple[Reward, list[nn.Module]]:
-        with creating_on(device, torch.bfloat16):
+        with creating_on(device, dtype):
             return BUILDERS[name](arguments.tiny)
 
     for name in names:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from originals import BERT_WORDS, ImageRewardNetwork, OpenClip, randomize, score_head
-from transformers import AutoTokenizer, BlipConfig, CLIPConfig, CLIPModel
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    CLIPConfig,
+    CLIPModel,
+    Qwen2TokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from rtdmd.models.tiny_tokenizers import WORDS, qwen_tokenizer
+
+QWEN_WORDS = (*WORDS, "Yes", "yes", "No", "no", "Two", "Three", "2", "How", "many", "Are", "image", "Answer")
 
 
 @pytest.fixture(scope="session")
@@ -127,16 +143,116 @@ def tiny_imagereward(
     return folder
 
 
+def qwen_vl_tokenizer() -> Qwen2TokenizerFast:
+    """Byte-level BPE with Qwen-VL's markers."""
+    tokenizer = qwen_tokenizer(QWEN_WORDS)
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    return tokenizer
+
+
+def qwen_ids(tokenizer: Qwen2TokenizerFast) -> dict[str, int]:
+    """The markers' ids as a Qwen-VL's configuration has them."""
+    names = {"image": "image_pad", "video": "video_pad"}
+    names |= {"vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+
+
+@pytest.fixture(scope="session")
+def hpsv3_network() -> Any:
+    """HPSv3's network as published: a Qwen2-VL with an ``rm_head``, of random weights."""
+    tokenizer = qwen_vl_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer) + 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    network = Qwen2VLForConditionalGeneration(config).eval()
+    network.rm_head = torch.nn.Sequential(
+        torch.nn.Linear(32, 1024),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.05),
+        torch.nn.Linear(1024, 16),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16, 2),
+    ).eval()
+    randomize(network, seed=4)
+    return network
+
+
+@pytest.fixture(scope="session")
+def tiny_hpsv3(hpsv3_network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with HPSv3's file, weights named as the published one's, its configuration and tokenizer."""
+    folder = tmp_path_factory.mktemp("hpsv3")
+    state = {
+        name.replace("model.visual.", "visual.").replace(
+            "model.language_model.", "model."
+        ): value.contiguous()
+        for name, value in hpsv3_network.state_dict().items()
+    }
+    save_file(state, folder / "HPSv3.safetensors")
+    hpsv3_network.config.save_pretrained(folder)
+    qwen_vl_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_geneval2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Qwen3-VL of random weights with its tokenizer."""
+    folder = tmp_path_factory.mktemp("geneval2")
+    tokenizer = qwen_vl_tokenizer()
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {
+        "vocab_size": len(tokenizer) + 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_parameters": rope,
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    model = Qwen3VLForConditionalGeneration(config)
+    randomize(model, seed=5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_weights(
-    tiny_clip: Path, tiny_hpsv2: Path, tiny_aesthetic: Path, tiny_imagereward: Path, tiny_geneval: Path
+    tiny_clip: Path,
+    tiny_hpsv2: Path,
+    tiny_hpsv3: Path,
+    tiny_aesthetic: Path,
+    tiny_imagereward: Path,
+    tiny_geneval: Path,
+    tiny_geneval2: Path,
 ) -> dict[str, Path]:
     """Small weights for every reward that has some."""
     return {
         "aesthetic": tiny_aesthetic,
         "clipscore": tiny_clip,
         "geneval": tiny_geneval,
+        "geneval2": tiny_geneval2,
         "hpsv2": tiny_hpsv2,
+        "hpsv3": tiny_hpsv3,
         "imagereward": tiny_imagereward,
         "pickscore": tiny_clip,
     }

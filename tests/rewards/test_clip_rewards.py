@@ -66,6 +66,30 @@ def test_score_is_the_diagonal_of_clips_own_logits(tiny_clip, name, divisor, hei
     torch.testing.assert_close(scores * divisor, _reference_logits(tiny_clip, images, PROMPTS))
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 40), (32, 32), (20, 33), (75, 32)])
+def test_official_clipscore_resizes_as_torchvision_does(tiny_clip, height, width):
+    """On levels in floating point: torch's own bilinear antialiased resize, no rounding, a centre crop."""
+    images = _images(3, height, width)
+    scale = 32 / min(height, width)
+    size = (int(height * scale), int(width * scale))
+    pixels = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    top, left = round((size[0] - 32) / 2), round((size[1] - 32) / 2)
+    pixels = pixels[..., top : top + 32, left : left + 32]
+    processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    tokens = AutoTokenizer.from_pretrained(tiny_clip)(
+        PROMPTS[:3], padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**tokens, pixel_values=(pixels - mean) / std).logits_per_image.diagonal() / 100
+    section = RewardSection("clipscore", weights=str(tiny_clip), mode="official")
+    official = load_rewards([section], CPU, torch.float32)[0].score(images, PROMPTS[:3], [{}] * 3)
+    torch.testing.assert_close(official, expected, atol=1e-6, rtol=1e-5)
+    default = _load("clipscore", tiny_clip).score(images, PROMPTS[:3], [{}] * 3)
+    assert torch.allclose(official, default, atol=1e-6) == (height == width == 32)
+
+
 def test_gradient_is_the_finite_difference(tiny_clip):
     """In float64 without roundings; pictures away from the clamps."""
     encoder = _encoder(tiny_clip, torch.float64, quantise=False)

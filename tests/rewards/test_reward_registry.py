@@ -26,9 +26,10 @@ def test_importing_the_registry_loads_no_framework():
 
 def test_specs_agree_with_their_scorers(tiny_weights):
     assert set(tiny_weights) == {name for name, spec in REWARDS.items() if spec.default_weights is not None}
-    # Has what ocr and geneval ask of a prompt.
+    # Has what ocr, geneval and geneval2 ask of a prompt.
     prompt = 'a dog below the word "dog"'
     row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
+    row["vqa_list"] = [["Are there any dogs in the image?", "Yes"]]
     rows = {"shapes": {"include": [{"class": "circle", "count": 1, "color": "red"}]}}
     for name, spec in REWARDS.items():
         weights = str(tiny_weights[name]) if name in tiny_weights else None
