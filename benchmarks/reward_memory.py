@@ -35,6 +35,7 @@ from rtdmd.models.flux2 import Flux2Family
 from rtdmd.models.lora import attach_adapter
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.rewards.protocol import Metadata, Reward
+from rtdmd.rewards.sources import first_line
 from rtdmd.stages.rewarding import Captions, RewardPanel
 
 GIB = 2**30
@@ -183,7 +184,10 @@ def free(device: torch.device) -> None:
 
 
 def measure(name: str, step: Step, rewards: Sequence[Reward], parameters: int, repeats: int) -> Row:
-    """Run the step once to warm up, then ``repeats`` times; memory is the highest of all, time the median."""
+    """Run the step once to warm up, then ``repeats`` times; memory is the highest of all, time the median.
+
+    A step that fails is an error in its row, so that the others are still measured.
+    """
     device, on_cuda = step.device, step.device.type == "cuda"
     free(device)
     resident = torch.cuda.memory_allocated(device) if on_cuda else 0
@@ -195,8 +199,8 @@ def measure(name: str, step: Step, rewards: Sequence[Reward], parameters: int, r
             step.run(rewards)
             synchronize(device)
             times.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError as failure:
-        error = str(failure).partition("\n")[0]
+    except RuntimeError as failure:  # out of memory is one
+        error = f"{type(failure).__name__}: {first_line(failure)}"
     return Row(
         name=name,
         parameters_millions=round(parameters / 1e6, 1),
@@ -300,4 +304,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(any(row["error"] is not None for row in main()["rows"]))

@@ -60,8 +60,10 @@ def test_an_inactive_or_infinite_gradient_is_no_measurement(benchmark: Any) -> N
     step = script.Step(script.build_family(tiny=True), None, 1, 1, 64, device, dtype)
     reward = script.Brightness()
     reward.score = lambda images, prompts, metadata: images.flatten(1).sum(1) * float("inf")
-    with pytest.raises(RuntimeError, match="decoder alone: the gradient's squared norm is"):
-        step.run([reward])
+    row = script.measure("inf", step, [reward], 0, repeats=1)
+    assert row.seconds is None
+    assert row.error.startswith("RuntimeError: decoder alone: the gradient's squared norm is")
+    assert "inf: RuntimeError" in script.table([row])
 
 
 def test_precision(benchmark: Any, tmp_path: Path) -> None:
