@@ -33,7 +33,7 @@ from rtdmd.rewards.hpsv3 import REWARD_TOKEN, Hpsv3Reward, reward_head
 from rtdmd.rewards.imagereward import ImageReward
 from rtdmd.rewards.linear_head import LinearHead
 from rtdmd.rewards.protocol import Reward
-from rtdmd.rewards.qwen_vl import PICTURE_END, PICTURE_START, PICTURE_TOKEN
+from rtdmd.rewards.qwen_vl import PICTURE_END, PICTURE_START, PICTURE_TOKEN, QwenInput
 
 Built = tuple[Reward, list[nn.Module]]
 
@@ -181,7 +181,9 @@ def _geneval2(tiny: bool) -> Built:
         vision = {**shape, "depth": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         config = Qwen3VLConfig(text_config=text, vision_config=vision)
     model = Qwen3VLForConditionalGeneration(config)
-    return Geneval2Reward(model, _qwen_tokenizer()), [model]
+    half = (0.5, 0.5, 0.5)
+    image_input = QwenInput(16, 65_536, 16_777_216, half, half)
+    return Geneval2Reward(model, _qwen_tokenizer(), image_input), [model]
 
 
 BUILDERS: dict[str, Callable[[bool], Built]] = {

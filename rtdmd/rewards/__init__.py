@@ -166,6 +166,7 @@ _SPECS = (
                     "model.safetensors.index.json",
                     *(f"model-0000{part}-of-00004.safetensors" for part in range(1, 5)),
                     "config.json",
+                    "preprocessor_config.json",
                     *_TOKENIZER,
                 ),
             ),

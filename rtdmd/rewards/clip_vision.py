@@ -22,7 +22,7 @@ from rtdmd.rewards.sources import fetch_hint, first_line
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_PIL_BICUBIC = 3
+PIL_BICUBIC = 3
 Fit = Literal["crop", "pad", "bilinear crop"]
 _PREPROCESS = {"crop": clip_preprocess, "pad": pad_preprocess, "bilinear crop": bilinear_preprocess}
 
@@ -47,7 +47,7 @@ class ClipInput:
                 f"{source}: no image preprocessor configuration: {first_line(error)}{hint}"
             ) from error
         side, crop = processor.size.shortest_edge, processor.crop_size
-        if processor.resample != _PIL_BICUBIC or not (side and side == crop.height == crop.width):
+        if processor.resample != PIL_BICUBIC or not (side and side == crop.height == crop.width):
             raise UserError(
                 f"{source}: needs a bicubic resize of the shortest edge and a centre crop of the same size, "
                 f"found resample {processor.resample}, size {processor.size}, crop {crop}"

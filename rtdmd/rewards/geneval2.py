@@ -39,10 +39,6 @@ from rtdmd.rewards.recomputation import recompute_in_backward
 from rtdmd.rewards.sources import fetch_hint, first_line
 from rtdmd.rewards.validation import check_batch, check_scores
 
-# Of Qwen3-VL's preprocessor configuration.
-MIN_PIXELS, MAX_PIXELS = 65_536, 16_777_216
-_MEAN = _STD = (0.5, 0.5, 0.5)
-
 _BEFORE = f"<|im_start|>user\n{PICTURE_START}"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -64,6 +60,7 @@ class Geneval2Reward:
     Args:
         model: the judge.
         tokenizer: of that model.
+        image_input: how its vision tower wants pictures.
         mode: which spellings of an answer count, see ``Question.answer_forms``.
         chunk_size: pictures looked at at once.
         quantise: False leaves out the roundings of the preprocessing.
@@ -77,6 +74,7 @@ class Geneval2Reward:
         self,
         model: Qwen3VLForConditionalGeneration,
         tokenizer: Any,
+        image_input: QwenInput,
         mode: RewardMode = "default",
         *,
         chunk_size: int = 4,
@@ -85,13 +83,10 @@ class Geneval2Reward:
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.image_input = image_input
         self.mode = mode
         self.chunk_size = chunk_size
         self.quantise = quantise
-        vision = model.config.vision_config
-        self.image_input = QwenInput(
-            vision.patch_size, MIN_PIXELS, MAX_PIXELS, _MEAN, _STD, vision.spatial_merge_size
-        )
         if checkpoint_layers:
             recompute_in_backward(model.model.visual.blocks)
             recompute_in_backward(model.model.language_model.layers)
@@ -215,8 +210,8 @@ def load(section: RewardSection, device: torch.device, dtype: torch.dtype) -> Ge
     """Load the judge from ``section.weights`` (folder or hub id), by default the published one.
 
     Raises:
-        UserError: files are missing or damaged, some of the model's weights aren't in them, or the tokenizer
-            isn't this model's.
+        UserError: files are missing or damaged, some of the model's weights aren't in them, or tokenizer or
+            preprocessor aren't this model's.
     """
     (published,) = REWARDS["geneval2"].needs_files
     weights = section.weights or published.repo
@@ -237,4 +232,5 @@ def load(section: RewardSection, device: torch.device, dtype: torch.dtype) -> Ge
         # transformers would go on with random values in their place.
         raise UserError(f"{weights}: {len(absent)} weights of Qwen3-VL are not in it, such as {absent[0]}")
     tokenizer = load_qwen_tokenizer(weights, model.config.image_token_id, section.revision)
-    return Geneval2Reward(model.to(device), tokenizer, section.mode)
+    image_input = QwenInput.load(weights, section.revision)
+    return Geneval2Reward(model.to(device), tokenizer, image_input, section.mode)

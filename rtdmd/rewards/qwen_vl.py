@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rtdmd.errors import UserError
+from rtdmd.rewards.clip_vision import PIL_BICUBIC
 from rtdmd.rewards.preprocessing import stretch_preprocess
 from rtdmd.rewards.sources import fetch_hint, first_line
 
@@ -45,10 +47,36 @@ class QwenInput:
     patch_size: int
     min_pixels: int
     max_pixels: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     merge_size: int = 2
     frames: int = 2
+
+    @classmethod
+    def load(cls, source: str, revision: str | None = None) -> QwenInput:
+        """Read a checkpoint's preprocessor configuration; UserError unless it resizes bicubically."""
+        try:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(source, revision=revision)
+        except (OSError, ValueError) as error:
+            hint = fetch_hint(source, ("preprocessor_config.json",))
+            raise UserError(
+                f"{source}: no image preprocessor configuration: {first_line(error)}{hint}"
+            ) from error
+        low, high = processor.size.shortest_edge, processor.size.longest_edge
+        if processor.resample != PIL_BICUBIC or not (low and high):
+            raise UserError(
+                f"{source}: needs a bicubic resize between two numbers of pixels, found resample "
+                f"{processor.resample}, size {processor.size}"
+            )
+        return cls(
+            patch_size=processor.patch_size,
+            min_pixels=low,
+            max_pixels=high,
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            merge_size=processor.merge_size,
+            frames=processor.temporal_patch_size,
+        )
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the resized picture: multiples of a token's side, aspect and number of pixels about kept.

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rtdmd.models.tiny_tokenizers import WORDS, qwen_tokenizer
 
@@ -232,6 +233,11 @@ def tiny_geneval2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomize(model, seed=5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    half = [0.5] * 3
+    size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    Qwen2VLImageProcessorPil(patch_size=16, image_mean=half, image_std=half, size=size).save_pretrained(
+        folder
+    )
     return folder
 
 

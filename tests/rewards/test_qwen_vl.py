@@ -1,17 +1,20 @@
 """Pictures for Qwen-VL models against transformers' own processor on PIL's resize."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from rtdmd.rewards.geneval2 import MAX_PIXELS, MIN_PIXELS, _positions
+from rtdmd.errors import UserError
+from rtdmd.rewards.geneval2 import _positions
 from rtdmd.rewards.hpsv3 import PIXELS
 from rtdmd.rewards.qwen_vl import QwenInput, picture_grid, right_padded
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-LIMITS = {14: (PIXELS, PIXELS), 16: (MIN_PIXELS, MAX_PIXELS)}
+LIMITS = {14: (PIXELS, PIXELS), 16: (65_536, 16_777_216)}
 
 
 def _noise(width, height):
@@ -63,6 +66,31 @@ def test_sizes_are_smart_resizes(patch_size, limits):
     for height in range(step, 2200, 97):
         for width in range(step, 2200, 131):
             assert image_input.size(height, width) == smart_resize(height, width, step, *limits)
+
+
+def test_a_preprocessor_configuration_is_read_or_refused(tiny_geneval2, tmp_path):
+    """The second layout is that of the published checkpoints."""
+    half = (0.5, 0.5, 0.5)
+    assert QwenInput.load(str(tiny_geneval2)) == QwenInput(16, *LIMITS[16], half, half)
+    settings = {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": half,
+        "image_std": half,
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(settings))
+    assert QwenInput.load(str(tmp_path)) == QwenInput(16, *LIMITS[16], half, half)
+    file.write_text(json.dumps(settings | {"resample": 2}))
+    with pytest.raises(UserError, match="needs a bicubic resize .* found resample 2"):
+        QwenInput.load(str(tmp_path))
+    file.unlink()
+    with pytest.raises(UserError, match="no image preprocessor configuration"):
+        QwenInput.load(str(tmp_path))
 
 
 def test_right_padding():

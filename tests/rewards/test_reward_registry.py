@@ -1,5 +1,7 @@
 """The registry, compressibility, and what every scorer demands of its inputs."""
 
+import re
+import shutil
 import subprocess
 import sys
 from io import BytesIO
@@ -39,6 +41,20 @@ def test_specs_agree_with_their_scorers(tiny_weights):
         scores = reward.score(images, [prompt] * 2, [rows.get(name, row)] * 2)
         assert scores.shape == (2,) and scores.dtype == torch.float32
         assert scores.requires_grad == spec.differentiable
+        with pytest.raises(ValueError, match=r"images must be in \[0, 1\], got values from"):
+            reward.score(images * 255, [prompt] * 2, [row] * 2)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in REWARDS.items() if spec.default_weights is not None])
+def test_a_damaged_checkpoint_is_named(tiny_weights, tmp_path, name):
+    folder = shutil.copytree(tiny_weights[name], tmp_path / name)
+    named = folder / REWARDS[name].needs_files[0].files[0]
+    file = named if named.is_file() else folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(folder))}.*: (damaged|no [A-Za-z0-9-]+( weights)?: )"
+    ):
+        load_rewards([RewardSection(name, weights=str(folder))], CPU, torch.float32)
 
 
 def test_all_unknown_names_are_told_before_anything_loads():
