@@ -1,7 +1,7 @@
 """Memory and time of reward back-propagation at true size, through FLUX.2's decoder.
 
-    python benchmarks/reward_memory.py --transformer --output reward_memory.json
-    python benchmarks/reward_memory.py --tiny --device cpu --transformer --aesthetic --hpsv3 --geneval2
+    python -m benchmarks.reward_memory --transformer --output reward_memory.json
+    python -m benchmarks.reward_memory --tiny --device cpu --transformer --aesthetic --hpsv3 --geneval2
 
 Everything has random weights, made on the device in bfloat16 (in float32 on a CPU, where that is faster), and
 nothing is downloaded: the configurations are those of the published models. Measured is what a training step
@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from reward_models import BUILDERS, DEFAULT_SCORERS, OPTIONAL_SCORERS
 from torch import Tensor, nn
 
+from benchmarks.reward_models import BUILDERS, DEFAULT_SCORERS, OPTIONAL_SCORERS
 from rtdmd.flow import predict_x0
 from rtdmd.models.flux2 import Flux2Family
 from rtdmd.models.lora import attach_adapter

@@ -1,7 +1,7 @@
 """How far the scorers' bfloat16 scores are from their float32 scores.
 
-    python benchmarks/reward_precision.py
-    python benchmarks/reward_precision.py --full --device cuda --output reward_precision.json
+    python -m benchmarks.reward_precision
+    python -m benchmarks.reward_precision --full --device cuda --output reward_precision.json
 
 Each differentiable scorer with random weights (small networks, or with ``--full`` those of true size) scores
 the same smooth random pictures in both. What matters to training is the error beside the spread of the scores
@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from reward_models import BUILDERS
 from torch import Tensor, nn
 
+from benchmarks.reward_models import BUILDERS
 from rtdmd.rewards.linear_head import LinearHead
 
 PROMPT = "two red circles on a green square"

@@ -235,9 +235,8 @@ def tiny_geneval2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     half = [0.5] * 3
     size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
-    Qwen2VLImageProcessorPil(patch_size=16, image_mean=half, image_std=half, size=size).save_pretrained(
-        folder
-    )
+    processor = Qwen2VLImageProcessorPil(patch_size=16, image_mean=half, image_std=half, size=size)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -86,7 +86,7 @@ def test_a_preprocessor_configuration_is_read_or_refused(tiny_geneval2, tmp_path
     file.write_text(json.dumps(settings))
     assert QwenInput.load(str(tmp_path)) == QwenInput(16, *LIMITS[16], half, half)
     file.write_text(json.dumps(settings | {"resample": 2}))
-    with pytest.raises(UserError, match="needs a bicubic resize .* found resample 2"):
+    with pytest.raises(UserError, match=r"needs a bicubic resize .* found resample 2"):
         QwenInput.load(str(tmp_path))
     file.unlink()
     with pytest.raises(UserError, match="no image preprocessor configuration"):

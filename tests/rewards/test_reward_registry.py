@@ -51,9 +51,8 @@ def test_a_damaged_checkpoint_is_named(tiny_weights, tmp_path, name):
     named = folder / REWARDS[name].needs_files[0].files[0]
     file = named if named.is_file() else folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(
-        UserError, match=rf"{re.escape(str(folder))}.*: (damaged|no [A-Za-z0-9-]+( weights)?: )"
-    ):
+    message = rf"{re.escape(str(folder))}.*: (damaged|no [A-Za-z0-9-]+( weights)?: )"
+    with pytest.raises(UserError, match=message):
         load_rewards([RewardSection(name, weights=str(folder))], CPU, torch.float32)
 
 
