@@ -74,7 +74,7 @@ class ColorClassifier:
 
 
 class GenevalReward:
-    """GenEval as a reward, in [0, 1], without gradient.
+    """GenEval as a reward, without gradient.
 
     Args:
         detector: finds the objects.
@@ -97,7 +97,9 @@ class GenevalReward:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """Scores [B] in [0, 1], float32, on the images' device; ``metadata`` as the benchmark writes it.
+        """Scores [B], float32, on the images' device; ``metadata`` as the benchmark writes it.
+
+        0 or 1, in mode ``official`` at most 1 (and below 0 where far too many objects are).
 
         Raises:
             ValueError: the batch has another shape or range than [B, 3, H, W] in [0, 1].

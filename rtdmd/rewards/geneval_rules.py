@@ -165,10 +165,8 @@ def partial_score(request: Request, objects: Objects) -> float:
     Per included clause of n objects, of which m were found: 1 − |n − m|/n; where m = n, also 1 − |n − k|/n
     for k of the asked colour, and, if all have it, 1 for the relation; where m ≠ n, 0 for either. As
     published, a wrong relation to objects that are there counts as the two credits 0 and 1, ``exclude`` is
-    not looked at, and more objects than asked for cost as much as fewer.
-
-    The published mean falls below 0 where more than twice as many objects are there as asked for; here it
-    ends at 0.
+    not looked at, and more objects than asked for cost as much as fewer: the mean falls below 0 where more
+    than twice as many are there.
     """
     credits: list[float] = []
     matched: list[Sequence[Found] | None] = []
@@ -191,7 +189,7 @@ def partial_score(request: Request, objects: Objects) -> float:
             else:
                 credits += [1.0] if fulfilled else [0.0, 1.0]
         matched.append(found if fulfilled else None)
-    return max(sum(credits) / len(credits), 0.0)
+    return sum(credits) / len(credits)
 
 
 def _closeness(wanted: int, found: int) -> float:
