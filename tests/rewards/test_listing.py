@@ -73,3 +73,19 @@ def test_the_table() -> None:
         "bravo  no        no     none        MIT",
         "    pip install 'rtdmd[bravo]'",
     ]
+
+
+def test_the_documentation_knows_every_reward_its_modes_and_its_files() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    judges = REWARDS.keys() - {"compressibility", "shapes"}  # these have pages or sentences of their own
+
+    def rows(heading: str) -> set[str]:
+        section = text.partition(heading)[2].partition("\n## ")[0]
+        return {line.split("`")[1] for line in section.splitlines() if line.startswith("| `")}
+
+    assert rows("## What they are") == judges
+    assert rows("## Modes") == {name for name in judges if len(REWARDS[name].modes) > 1}
+    assert rows("### bfloat16") == {name for name in judges if REWARDS[name].differentiable}
+    for name in judges:
+        for needed in REWARDS[name].needs_files:
+            assert f"hf download {needed.repo}" in text
