@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rtdmd.errors import UserError
@@ -128,14 +127,17 @@ def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
 
 
-def load_qwen_tokenizer(source: str, picture_token_id: int, revision: str | None = None) -> Any:
+def load_qwen_tokenizer(
+    source: str, picture_token_id: int, revision: str | None = None
+) -> Qwen2TokenizerFast:
     """A Qwen-VL's tokenizer from a folder or hub id; UserError unless it has its markers.
 
     ``picture_token_id`` is the model's. Where files are missing, transformers makes up a tokenizer.
     """
     hint = fetch_hint(source, ("tokenizer_config.json", "tokenizer.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        # AutoTokenizer would ask for the model's configuration as well.
+        tokenizer = Qwen2TokenizerFast.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: no tokenizer: {first_line(error)}{hint}") from error
     markers = ("<|im_start|>", "<|im_end|>", PICTURE_START, PICTURE_END, PICTURE_TOKEN)
