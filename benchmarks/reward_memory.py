@@ -91,7 +91,7 @@ def build_family(tiny: bool) -> Flux2Family:
 
 
 def build_transformer(tiny: bool) -> Flux2Transformer2DModel:
-    """FLUX.2-klein 4B (3.876 B parameters), frozen, with a LoRA of rank 32 that trains in float32."""
+    """FLUX.2-klein 4B (3.876 B parameters), frozen, whose activations are recomputed in backward."""
     shape = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
     small = {**shape, "joint_attention_dim": 48, "axes_dims_rope": (4, 4, 4, 4)}
     shape = {"num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24}

@@ -1,7 +1,7 @@
 """The text that HPSv3's network reads beside a picture, to the letter: line ends with blanks count.
 
 From https://github.com/MizzenAI/HPSv3, hpsv3/dataset/data_collator_qwen.py, MIT, Copyright (c) 2024 HPSv3
-Team. It is part of the trained model, which reads noise if a character is missing.
+Team. The network was trained on this text, so it is as much part of it as its weights.
 """
 
 REWARD_TOKEN = "<|Reward|>"
@@ -43,6 +43,5 @@ INSTRUCTION = (
     "in the image. The generated content should not introduce elements that conflict with or distort the "
     "original description.\n"
     "Textual prompt - {prompt}\n\n\n\n"
-    "Please provide the overall ratings of this image: "
-    "<|Reward|>"
+    "Please provide the overall ratings of this image: " + REWARD_TOKEN
 )
