@@ -10,22 +10,18 @@ import pytest
 import torch
 from originals import BERT_WORDS, ImageRewardNetwork, OpenClip, randomize, score_head
 from safetensors.torch import save_file
+from tiny_qwen import qwen_ids, qwen_vl_tokenizer
 from transformers import (
     AutoTokenizer,
     BlipConfig,
     CLIPConfig,
     CLIPModel,
-    Qwen2TokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-from rtdmd.models.tiny_tokenizers import WORDS, qwen_tokenizer
-
-QWEN_WORDS = (*WORDS, "Yes", "yes", "No", "no", "Two", "Three", "2", "How", "many", "Are", "image", "Answer")
 
 
 @pytest.fixture(scope="session")
@@ -142,21 +138,6 @@ def tiny_imagereward(
     }
     BlipConfig(text_config=text, vision_config=vision).save_pretrained(folder)
     return folder
-
-
-def qwen_vl_tokenizer() -> Qwen2TokenizerFast:
-    """Byte-level BPE with Qwen-VL's markers."""
-    tokenizer = qwen_tokenizer(QWEN_WORDS)
-    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
-    return tokenizer
-
-
-def qwen_ids(tokenizer: Qwen2TokenizerFast) -> dict[str, int]:
-    """The markers' ids as a Qwen-VL's configuration has them."""
-    names = {"image": "image_pad", "video": "video_pad"}
-    names |= {"vision_start": "vision_start", "vision_end": "vision_end"}
-    return {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
 
 
 @pytest.fixture(scope="session")

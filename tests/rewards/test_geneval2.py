@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import qwen_vl_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_qwen import qwen_vl_tokenizer
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

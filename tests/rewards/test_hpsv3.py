@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import qwen_vl_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_qwen import qwen_vl_tokenizer
 from transformers import Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
