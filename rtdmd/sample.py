@@ -40,6 +40,7 @@ class SampleOptions:
 
     loras: Sequence[str] = ()  # files or folders, stacked in this order
     run: Path | None = None  # a run's folder: its stages' weights, instead of `loras`
+    stage: str | None = None  # of the run: its weights after this stage; None is what it trained last
     merge: bool = False  # merge the last adapter too (the earlier ones always are)
     teacher: bool = False  # the teacher's ODE with guidance instead of the generator's CPS steps
     num_steps: int | None = None  # of the generator, the recipe's schedule; of the teacher, 50
@@ -62,7 +63,10 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Painter:
-    """A network with its schedule; a picture is a function of (seed, prompt), whatever shares its batch."""
+    """A network with its schedule.
+
+    A picture is a function of (seed, prompt, image number), whatever shares its batch.
+    """
 
     family: ModelFamily
     network: nn.Module
@@ -73,8 +77,9 @@ class Painter:
     device: torch.device
 
     @torch.no_grad()
-    def paint(self, prompts: Sequence[str]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32."""
+    def paint(self, prompts: Sequence[str], image_numbers: Sequence[int] | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32; ``image_numbers`` tell several of one prompt apart."""
+        numbers = [0] * len(prompts) if image_numbers is None else image_numbers
         text = self.family.encode_prompts(prompts)
 
         def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
@@ -82,11 +87,18 @@ class Painter:
                 self.family, self.network, x, sigma, text, self.unconditional, self.guidance_scale
             )
 
-        return paint(self.family, velocity, self.few, lambda purpose: self.noise(purpose, prompts))
+        return paint(self.family, velocity, self.few, lambda purpose: self.noise(purpose, prompts, numbers))
 
-    def noise(self, purpose: str, prompts: Sequence[str]) -> Tensor:
-        """Standard normal latents [B, C, H, W], a function of (seed, purpose, prompt) each."""
-        return self.draws.normal(0, purpose, prompts, self.few.latent_shape).to(self.device)
+    def noise(
+        self, purpose: str, prompts: Sequence[str], image_numbers: Sequence[int] | None = None
+    ) -> Tensor:
+        """Standard normal latents [B, C, H, W], a function of (seed, purpose, prompt, image number) each."""
+        numbers = [0] * len(prompts) if image_numbers is None else image_numbers
+        rows = [
+            self.draws.normal(number, purpose, [prompt], self.few.latent_shape)
+            for prompt, number in zip(prompts, numbers, strict=True)
+        ]
+        return torch.cat(rows).to(self.device)
 
 
 def build_painter(recipe: Recipe, options: SampleOptions, device: torch.device) -> Painter:
@@ -132,19 +144,25 @@ def _evenly(num_steps: int) -> list[float]:
     return [1000 * (1 - i / num_steps) for i in range(num_steps)]
 
 
-def run_files(run: Path, recipe: Recipe) -> list[Path]:
-    """The generator's weights files that a run has trained or started from, in stacking order."""
+def run_files(run: Path, recipe: Recipe, stage: str | None = None) -> list[Path]:
+    """The generator's weights files that a run has trained or started from, in stacking order.
+
+    ``stage``: those of its weights after this stage; None is what it trained last.
+    """
     first, second = run / "cold_start" / STATE_FILE, run / "rtdmd" / STATE_FILE
-    if second.is_file():
+    if stage != "cold_start" and second.is_file():
         return [Path(recipe.rtdmd.start_generator or first), second]
-    if not first.is_file():
-        raise UserError(f"{run}: holds neither cold_start/{STATE_FILE} nor rtdmd/{STATE_FILE}")
-    return [first]
+    if stage != "rtdmd" and first.is_file():
+        return [first]
+    missing = (
+        f"no {stage}/{STATE_FILE}" if stage else f"neither cold_start/{STATE_FILE} nor rtdmd/{STATE_FILE}"
+    )
+    raise UserError(f"{run}: holds {missing}")
 
 
 def _trained(recipe: Recipe, options: SampleOptions) -> Trained:
     if options.run is not None:
-        return read_trained(run_files(options.run, recipe), recipe.lora)
+        return read_trained(run_files(options.run, recipe, options.stage), recipe.lora)
     lora = recipe.lora
     return Trained([read_adapter(path, alpha=lora.alpha, rank=lora.rank) for path in options.loras])
 
@@ -244,7 +262,11 @@ def describe(painter: Painter, recipe: Recipe, source: str, options: SampleOptio
     """A generation's parameters for the pictures' metadata; ``source`` is the recipe as it was given."""
     role = recipe.roles.teacher if options.teacher else recipe.roles.generator
     weights, revision = role_weights(recipe.model, role)
-    loras = [str(file) for file in run_files(options.run, recipe)] if options.run else list(options.loras)
+    loras = (
+        [str(file) for file in run_files(options.run, recipe, options.stage)]
+        if options.run
+        else list(options.loras)
+    )
     return {
         "seed": str(options.seed),
         "steps": str(len(painter.few.sigmas)),

@@ -43,13 +43,15 @@ RULES: dict[str, Rule] = {
     "images": Rule(outside=("torch", "PIL")),
     "shapes": Rule(("errors",), outside=("numpy", "scipy")),
     "recipe.schema": Rule(outside=()),
-    "recipe": Rule((*MATHEMATICS, "errors"), only_inside_functions=("models", "rewards", "prompts")),
+    "recipe": Rule(
+        (*MATHEMATICS, "errors"), only_inside_functions=("models", "rewards", "prompts", "evaluation")
+    ),
     **{name: Rule((*BASICS, "recipe.schema")) for name in ("models", "prompts", "distributed")},
     "rewards": Rule((*BASICS, "recipe.schema", "images", "shapes")),
     "rollout": Rule((*MATHEMATICS, "models.protocol", "models.guidance")),
     "scheduler": Rule((*MATHEMATICS, "errors")),
     "stages": Rule((*BASICS, *PARTS, "distributed")),
-    "training": Rule((*BASICS, *PARTS, "scheduler", "distributed", "stages")),
+    "training": Rule((*BASICS, *PARTS, "scheduler", "evaluation", "sample", "distributed", "stages")),
     # DeepSpeed is optional for these: what leads to it is imported where it is used.
     **{
         name: Rule(

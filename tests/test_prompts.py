@@ -128,7 +128,11 @@ def test_column_is_the_named_one_or_the_first_known(tmp_path):
         ("a.csv", "prompt,id\na\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.csv", "prompt,id\na,1,2\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.csv", "prompt\n' '\n \n", {}, ["row 2 (line 3)", "blank"]),
-        ("a.json", "[]", {}, [".txt, .jsonl, .csv, .parquet", "'.json'"]),
+        ("a.yaml", "[]", {}, [".txt, .jsonl, .json, .csv, .tsv, .parquet", "'.yaml'"]),
+        ("a.json", "[", {}, ["a.json: line 1, column 2: not JSON"]),
+        ("a.json", "{}", {}, ["expected one JSON list, found dict"]),
+        ("a.json", '["a", 2]', {}, ["item 2: expected an object or a prompt, found int"]),
+        ("a.tsv", "Prompts\tid\na\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.parquet", "not parquet", {}, ["a.parquet", "cannot be read"]),
     ],
 )

@@ -30,6 +30,8 @@ _RULES: tuple[_Rule, ...] = (
             "rtdmd.epochs",
             "rtdmd.consistency_max_timesteps",
             "rtdmd.reward_backprop.micro_batch_size",
+            "evaluation.batch_size",
+            "evaluation.num_images_per_prompt",
             *(f"{stage}.{key}" for stage in STAGES for key in ("checkpoint_every", "sample_every")),
         ),
     ),
@@ -54,6 +56,8 @@ _RULES: tuple[_Rule, ...] = (
         (
             "seed",
             "preview.num_images",
+            "evaluation.seed",
+            "evaluation.every",
             "cold_start.consistency_weight",
             "rtdmd.consistency_weight",
             "rtdmd.policy_weight",
@@ -128,9 +132,9 @@ def check_values(report: Report, recipe: Recipe) -> None:
             value = value_at(recipe, key)
             if value is not None and not is_fine(value):
                 report.fault(key, value, advice)
-    for key in ("model.height", "model.width"):
+    for key in ("model.height", "model.width", "evaluation.height", "evaluation.width"):
         size = value_at(recipe, key)
-        if size < 16 or size % 16:
+        if size is not None and (size < 16 or size % 16):
             lower = max(16, size // 16 * 16)
             report.fault(key, size, f"write a multiple of 16, such as {lower} or {lower + 16}")
 
@@ -149,6 +153,16 @@ def check_family(report: Report, recipe: Recipe, known: Collection[str]) -> None
         report.fault("model.family", name, f"unknown model family{nearest_hint(name, sorted(known))}")
 
 
+def check_reward_names(report: Report, key: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Names of the list of rewards at ``key`` are registered and single."""
+    for index, name in enumerate(names):
+        if name not in known:
+            report.fault(f"{key}.{index}.name", name, f"unknown reward{nearest_hint(name, sorted(known))}")
+        elif name in names[:index]:
+            first = names.index(name)
+            report.fault(f"{key}.{index}.name", name, f"also {key}.{first}; keep one and give it the weight")
+
+
 def check_rewards(
     report: Report, recipe: Recipe, differentiable: dict[str, bool], *, runs_rtdmd: bool
 ) -> None:
@@ -157,16 +171,10 @@ def check_rewards(
     ``differentiable`` says for every registered reward whether it has one.
     """
     names = [reward.name for reward in recipe.rewards]
+    check_reward_names(report, "rewards", names, differentiable)
     for index, reward in enumerate(recipe.rewards):
-        key = f"rewards.{index}"
-        if reward.name not in differentiable:
-            hint = nearest_hint(reward.name, sorted(differentiable))
-            report.fault(f"{key}.name", reward.name, f"unknown reward{hint}")
-        elif reward.name in names[:index]:
-            first = names.index(reward.name)
-            report.fault(f"{key}.name", reward.name, f"also rewards.{first}; keep one and give it the weight")
         if reward.weight < 0:
-            report.fault(f"{key}.weight", reward.weight, "write 0 (only logged) or more")
+            report.fault(f"rewards.{index}.weight", reward.weight, "write 0 (only logged) or more")
     if runs_rtdmd and not any(reward.weight > 0 for reward in recipe.rewards):
         report.fault("rewards", names, "stage rtdmd needs at least one reward with a weight above 0")
     _check_backprop(report, recipe, names, differentiable, runs_rtdmd)

@@ -1,0 +1,105 @@
+"""Sets of prompts, rewards and models of a recipe's ``evaluation``, and what any list of rewards has to
+fulfil."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rtdmd.errors import UserError
+from rtdmd.recipe.checks_files import check_source
+from rtdmd.recipe.checks_values import check_reward_names
+from rtdmd.recipe.report import Report
+from rtdmd.recipe.schema import Recipe, RewardSection
+
+
+def check_reward(report: Report, key: str, reward: RewardSection, *, is_used: bool) -> None:
+    """Mode and weights of the reward at ``key``; its weights' place only if it is about to be used."""
+    from rtdmd.rewards import REWARDS
+
+    spec = REWARDS.get(reward.name)
+    if spec is None:
+        return
+    if reward.mode not in spec.modes:
+        advice = f"{reward.name} has no such mode; leave the key out"
+        report.fault(f"{key}.mode", reward.mode, advice)
+    if reward.weights is None or not is_used:
+        return
+    if spec.default_weights is None:
+        report.fault(f"{key}.weights", reward.weights, f"{reward.name} has no weights; leave the key out")
+    else:
+        check_source(report, f"{key}.weights", reward.weights, needs=None)
+
+
+def check_evaluation(report: Report, recipe: Recipe, *, is_due: bool) -> None:
+    """Names, rewards and models; files and prompts only where an evaluation is about to run (``is_due``)."""
+    from rtdmd.evaluation.sets import evaluation_rewards
+    from rtdmd.rewards import REWARDS
+
+    section = recipe.evaluation
+    before = len(report.lines)
+    _check_names(report, "evaluation.sets", [each.name for each in section.sets])
+    _check_names(report, "evaluation.models", [each.name for each in section.models])
+    _check_specs(report, recipe)
+    rewards = section.rewards or recipe.rewards
+    key = "evaluation.rewards" if section.rewards else "rewards"
+    if section.rewards:
+        check_reward_names(report, key, [reward.name for reward in rewards], REWARDS)
+        for index, reward in enumerate(rewards):
+            check_reward(report, f"{key}.{index}", reward, is_used=is_due)
+    for index, each in enumerate(section.sets):
+        if each.num_images_per_prompt is not None and each.num_images_per_prompt < 1:
+            where = f"evaluation.sets.{index}.num_images_per_prompt"
+            report.fault(where, each.num_images_per_prompt, "write at least 1")
+    if not is_due:
+        return
+    if not section.sets:
+        report.fault("evaluation.sets", [], "write at least one set: {name: …, prompts: {source: …}}")
+    if not evaluation_rewards(recipe):
+        report.fault("evaluation.rewards", [], "write at least one reward: {name: clipscore}")
+    if len(report.lines) == before:
+        _check_sets(report, recipe)
+
+
+def _check_names(report: Report, key: str, names: Sequence[str]) -> None:
+    from rtdmd.evaluation.specs import NAME
+
+    for index, name in enumerate(names):
+        if not NAME.fullmatch(name):
+            advice = "write a folder name of letters, digits, '_', '-', '+' and '.'"
+            report.fault(f"{key}.{index}.name", name, advice)
+        elif name in names[:index]:
+            report.fault(f"{key}.{index}.name", name, f"also {key}.{names.index(name)}; give it another name")
+
+
+def _check_specs(report: Report, recipe: Recipe) -> None:
+    from rtdmd.evaluation.specs import parse_spec
+
+    for index, each in enumerate(recipe.evaluation.models):
+        try:
+            parse_spec(each.model)
+        except UserError as error:
+            report.fault(f"evaluation.models.{index}.model", each.model, str(error))
+
+
+def _check_sets(report: Report, recipe: Recipe) -> None:
+    """Prompts can be read, and every reward can score some of them."""
+    from rtdmd.evaluation.sets import evaluation_rewards, load_set, match_rewards
+    from rtdmd.prompts import check_prompts
+    from rtdmd.rewards import REWARDS
+
+    sets = []
+    for index, each in enumerate(recipe.evaluation.sets):
+        key = f"evaluation.sets.{index}.prompts"
+        lines = check_prompts(each.prompts, key)
+        report.lines += [f"{report.source}: {line}" for line in lines]
+        if not lines:
+            try:
+                sets.append(load_set(each, recipe.evaluation.num_images_per_prompt))
+            except UserError as error:
+                report.fault(f"evaluation.sets.{index}.category", each.category, str(error))
+    rewards = [reward for reward in evaluation_rewards(recipe) if reward.name in REWARDS]
+    if len(sets) == len(recipe.evaluation.sets):
+        try:
+            match_rewards(sets, rewards)
+        except UserError as error:
+            report.lines += [f"{report.source}: evaluation: {line}" for line in str(error).splitlines()]
