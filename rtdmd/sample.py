@@ -160,6 +160,16 @@ def run_files(run: Path, recipe: Recipe, stage: str | None = None) -> list[Path]
     raise UserError(f"{run}: holds {missing}")
 
 
+def check_trained(recipe: Recipe, options: SampleOptions) -> None:
+    """Raise UserError unless what was trained is there and fits the network, before anything large loads."""
+    role = recipe.roles.teacher if options.teacher else recipe.roles.generator
+    weights, revision = role_weights(recipe.model, role)
+    trained = _trained(recipe, options)
+    WeightSource(
+        weights, revision=revision, adapters=trained.adapters, replacement=trained.replacement
+    ).close()
+
+
 def _trained(recipe: Recipe, options: SampleOptions) -> Trained:
     if options.run is not None:
         return read_trained(run_files(options.run, recipe, options.stage), recipe.lora)

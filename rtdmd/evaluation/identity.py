@@ -73,12 +73,8 @@ class Digests:
 
     def _digest(self, source: str, revision: str | None) -> str:
         path = Path(source).expanduser()
-        if path.is_file():
-            return _of_file(path)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in _LOADED and file.is_file())
-            parts = [f"{file.relative_to(path).as_posix()} {_of_file(file)}\n" for file in files]
-            return sha256("".join(parts).encode()).hexdigest()
+        if path.exists():
+            return _of_local(path)
         try:
             index = hf_hub_download(source, "model_index.json", revision=revision)
         except Exception as error:  # hub errors have no common class
@@ -87,6 +83,20 @@ class Digests:
                 f"({type(error).__name__}: {error})"
             ) from error
         return f"{source}@{Path(index).parent.name}"
+
+    def of_local(self, source: str | Path) -> str:
+        """Of a file or folder here. UserError if it isn't there."""
+        if not Path(source).expanduser().exists():
+            raise UserError(f"{source}: there is no such file or folder")
+        return self.of(source)
+
+
+def _of_local(path: Path) -> str:
+    if path.is_file():
+        return _of_file(path)
+    files = sorted(file for file in path.rglob("*") if file.suffix in _LOADED and file.is_file())
+    parts = [f"{file.relative_to(path).as_posix()} {_of_file(file)}\n" for file in files]
+    return sha256("".join(parts).encode()).hexdigest()
 
 
 def _of_file(path: Path) -> str:
@@ -112,7 +122,7 @@ def model_identity(recipe: Recipe, spec: ModelSpec, digests: Digests) -> Identit
         "steps": steps_of(recipe, spec),
         "guidance": guidance_of(recipe, spec),
         "weights": digests.of(weights, revision),
-        "trained": [digests.of(file) for file in trained],
+        "trained": [digests.of_local(file) for file in trained],
         "evaluation.seed": recipe.evaluation.seed,
     }
     if not options.teacher:

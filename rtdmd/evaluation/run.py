@@ -43,7 +43,7 @@ from rtdmd.recipe.schema import EvaluationModelSection, Recipe, RewardSection
 from rtdmd.rewards import REWARDS, load_rewards
 from rtdmd.rewards.clip_vision import ClipVision
 from rtdmd.rewards.protocol import Reward
-from rtdmd.sample import Painter, build_painter, pick_device, save_picture
+from rtdmd.sample import Painter, build_painter, check_trained, pick_device, save_picture
 
 FEATURES = "features"  # beside the rewards' names in a batch's file
 
@@ -129,8 +129,12 @@ def evaluate(recipe: Recipe, options: EvaluationOptions) -> Results:
     plan, notices = make_plan(recipe, options)
     for notice in notices:
         print(f"rtdmd: {notice}", file=sys.stderr)
-    claim_stores(plan)
+    claims = check_stores(plan)
     todo = missing_batches(plan)
+    for model in dict.fromkeys(batch.model for batch in todo):
+        check_trained(plan.recipe, sample_options(plan.models[model], plan.recipe.evaluation.seed))
+    for store, identity in claims:
+        store.claim(identity)
     total = sum(each.num_pictures for each in plan.sets.values()) * len(plan.models)
     done = total - sum(len(batch.numbers) for batch in todo)
     if todo:
@@ -143,8 +147,8 @@ def evaluate(recipe: Recipe, options: EvaluationOptions) -> Results:
     return collect(plan)
 
 
-def claim_stores(plan: Plan) -> None:
-    """Make the folders this evaluation's, all or none. UserError if one holds scores of another."""
+def check_stores(plan: Plan) -> list[tuple[Store, Identity]]:
+    """Every folder with what its scores depend on. UserError if one holds scores of something else."""
     digests = Digests()
     claims: list[tuple[Store, Identity]] = []
     for model, spec in plan.models.items():
@@ -154,8 +158,7 @@ def claim_stores(plan: Plan) -> None:
             store, identity = plan.store(model, name), of_model | set_identity(prompts) | of_rewards
             store.check(identity)
             claims.append((store, identity))
-    for store, identity in claims:
-        store.claim(identity)
+    return claims
 
 
 def missing_batches(plan: Plan) -> list[Batch]:
