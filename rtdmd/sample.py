@@ -23,7 +23,7 @@ from rtdmd.models import ModelFamily, get_family
 from rtdmd.models.adapters import STATE_FILE, Trained, read_adapter, read_trained
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.lora import load_adapter
-from rtdmd.models.protocol import TextEmbeddings
+from rtdmd.models.protocol import Network, TextEmbeddings
 from rtdmd.models.weights import WeightSource, load_network, role_weights
 from rtdmd.processes import Report, run_processes, shares, unshare
 from rtdmd.prompts import PromptSet
@@ -32,6 +32,7 @@ from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection
 from rtdmd.rollout import FewSteps, paint
 
 TEACHER_STEPS = 50
+PICTURES = "sample"  # the stage of all draws for pictures
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Painter:
     """
 
     family: ModelFamily
-    network: nn.Module
+    network: Network
     few: FewSteps
     guidance_scale: float
     unconditional: TextEmbeddings
@@ -130,7 +131,7 @@ def build_painter(recipe: Recipe, options: SampleOptions, device: torch.device) 
     )
     network = _network(recipe, options, trained, family, device)
     unconditional = family.encode_prompts([""])
-    return Painter(family, network, few, guidance_scale, unconditional, Draws(options.seed, "sample"), device)
+    return Painter(family, network, few, guidance_scale, unconditional, Draws(options.seed, PICTURES), device)
 
 
 def few_timesteps(schedule: ScheduleSection, num_steps: int | None) -> list[float]:

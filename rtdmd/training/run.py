@@ -14,10 +14,11 @@ from rtdmd.errors import UserError
 from rtdmd.prompts import PromptSet
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
-from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.assemble import HandOver, Stage, build_stage
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
 from rtdmd.training.checkpoint import CheckpointStore, latest_checkpoint, read_progress, replace_text
 from rtdmd.training.ema import Ema
+from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.loop import StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
 from rtdmd.training.tracking import Tracker
@@ -81,6 +82,7 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         previews=Previews(
             _preview_prompts(recipe, stage.prompts), stage.family, stage.few, recipe.seed, ranks
         ),
+        evaluations=_evaluations(recipe, stage, ranks, calls),
         recipe=recipe,
         ranks=ranks,
         run=run,
@@ -99,6 +101,13 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
 
 def _preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
     return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
+
+
+def _evaluations(recipe: Recipe, stage: Stage, ranks: Ranks, calls: CallLog) -> Evaluations | None:
+    """What measures the EMA now and then, where the recipe asks for it."""
+    if recipe.evaluation.every == 0:
+        return None
+    return Evaluations(recipe, stage.family, ranks, calls.touch)
 
 
 def _write_recipe(run: Path, recipe: Recipe) -> None:
