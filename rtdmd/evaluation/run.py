@@ -27,7 +27,7 @@ from rtdmd.evaluation.identity import (
     set_identity,
 )
 from rtdmd.evaluation.results import Measured, ModelLine, Results, distances_to
-from rtdmd.evaluation.scoring import paint_numbers, score_numbers
+from rtdmd.evaluation.scoring import check_finite, paint_numbers, score_numbers
 from rtdmd.evaluation.sets import (
     EvaluationSet,
     at_evaluation_size,
@@ -220,6 +220,7 @@ def _work_off_batch(plan: Plan, batch: Batch, painter: Painter, judges: Judges) 
     pictures = paint_numbers(painter, prompts, batch.numbers)
     rewards = [judges.rewards[section.name] for section in plan.rewards[batch.prompts]]
     measured = score_numbers(rewards, prompts, batch.numbers, pictures)
+    check_finite(measured, prompts, batch.numbers)
     if judges.vision is not None:
         with torch.no_grad():
             measured[FEATURES] = judges.vision.features(pictures).float().cpu()

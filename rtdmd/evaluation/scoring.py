@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rtdmd.errors import TrainingHalted
 from rtdmd.evaluation.sets import EvaluationSet
 from rtdmd.images import to_levels
 from rtdmd.rewards.protocol import Reward
@@ -36,3 +38,12 @@ def score_numbers(
         reward.name: reward.score(pictures, texts, metadata).detach().to("cpu", torch.float32)
         for reward in rewards
     }
+
+
+def check_finite(scores: dict[str, Tensor], prompts: EvaluationSet, numbers: Sequence[int]) -> None:
+    """Raise TrainingHalted, naming reward and prompt, if a score isn't finite."""
+    for name, values in scores.items():
+        for number, value in zip(numbers, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                prompt = prompts.prompts.prompts[number // prompts.images_per_prompt]
+                raise TrainingHalted(f"reward {name!r} gave {value} for the prompt {prompt!r}")

@@ -60,15 +60,17 @@ class Evaluations:
 
     @torch.no_grad()
     def measure(self, generator: Student, weights: list[Piece]) -> dict[str, float]:
-        """Collective: ``evaluation/SET/REWARD``, the mean over the set of what ``weights`` paint."""
-        metrics = {}
+        """Collective: ``evaluation/SET/REWARD``, the mean over the set of what ``weights`` paint.
+
+        A prompt with a score that isn't finite is left out and counted in
+        ``evaluation/SET/nonfinite/REWARD``, which is there only then: a look at the model shall not end its training.
+        """
+        metrics: dict[str, float] = {}
         painter = self._painter(generator)
         with generator.engine.weights_from(weights):
             for each in self._sets:
                 for name, scores in self._scores(painter, each).items():
-                    by_prompt = scores.view(-1, each.prompts.images_per_prompt).numpy()
-                    mean = overall_mean(by_prompt, each.prompts.strata(name))
-                    metrics[f"evaluation/{each.prompts.name}/{name}"] = mean
+                    metrics |= set_metrics(each.prompts, name, scores)
         return metrics
 
     def _painter(self, generator: Student) -> Painter:
@@ -98,3 +100,17 @@ class Evaluations:
         everyone = ranks.all_gather(torch.stack(mine).to(ranks.device))  # (ranks, batches, rewards, size)
         in_order = everyone.permute(2, 1, 0, 3).reshape(len(each.rewards), -1)[:, :total].cpu()
         return {reward.name: row for reward, row in zip(each.rewards, in_order, strict=True)}
+
+
+def set_metrics(prompts: EvaluationSet, reward: str, scores: Tensor) -> dict[str, float]:
+    """The mean of a reward's scores of all pictures of a set, over the prompts whose scores are finite."""
+    by_prompt = scores.view(-1, prompts.images_per_prompt)
+    finite = torch.isfinite(by_prompt).all(dim=1)
+    metrics = {}
+    if not finite.all():
+        metrics[f"evaluation/{prompts.name}/nonfinite/{reward}"] = float((~finite).sum())
+    if finite.any():
+        strata = prompts.strata(reward)
+        kept = None if strata is None else [name for name, fine in zip(strata, finite, strict=True) if fine]
+        metrics[f"evaluation/{prompts.name}/{reward}"] = overall_mean(by_prompt[finite].numpy(), kept)
+    return metrics

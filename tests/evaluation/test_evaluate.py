@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rtdmd.cli import main
+from rtdmd.recipe import load_recipe
 from tests.lora_files import random_lora, write_stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -317,3 +320,41 @@ def test_adapters_that_do_not_fit(
     assert main(["evaluate", str(recipe), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert "its rank is 4, the recipe's lora.rank 32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+DOCS = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def test_documented_commands(
+    recipe: Path, tiny_flux2: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of docs/evaluation.md, with few prompts and the rewards that there are here."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("cold_start", "rtdmd"):
+        write_stage(Path("runs/flux2_4b") / stage, random_lora(tiny_flux2, "flux2", len(stage)), "flux2")
+    Path("recipes").mkdir()
+    Path("recipes/flux2_4b.yaml").symlink_to(recipe)
+    Path("drawbench.csv").write_text(DRAW)
+    Path("geneval.jsonl").write_text(
+        '{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "two cups"}\n'
+    )
+    Path("pictures").symlink_to(straight / "pictures" / "base" / "draw")
+    lines = [line for line in DOCS.splitlines() if line.startswith("rtdmd evaluate recipes/")]
+    assert len(lines) == 3
+    for number, line in enumerate(lines):
+        command = re.sub(r"--rewards \S+", "--rewards clipscore", line).replace("--gpus 8", "--gpus 1")
+        command = command.replace("steps=50", "steps=2")
+        arguments = ["--device", "cpu", "--limit", "1", "--num-images-per-prompt", "2"]
+        assert main([*shlex.split(command)[1:], *arguments, "--out", f"out{number}"]) == 0
+        assert Path(f"out{number}/report.md").is_file()
+    assert [row["model"] for row in rows_of(Path("out0"))[::2]] == ["base", "teacher", "cold", "rtdmd"]
+
+
+def test_documented_section(recipe: Path, tmp_path: Path) -> None:
+    """The recipe's section in the docs is one."""
+    (block,) = re.findall(r"```yaml\n(evaluation:.*?)```", DOCS, re.DOTALL)
+    before, _, _ = recipe.read_text().partition("evaluation:")
+    (tmp_path / "a.yaml").write_text(before + block)
+    section = load_recipe(tmp_path / "a.yaml").evaluation
+    assert [each.name for each in section.sets] == ["drawbench", "geneval"]
+    assert section.models[1].model == "run:runs/flux2_4b"
