@@ -63,7 +63,8 @@ class Evaluations:
         """Collective: ``evaluation/SET/REWARD``, the mean over the set of what ``weights`` paint.
 
         A prompt with a score that isn't finite is left out and counted in
-        ``evaluation/SET/nonfinite/REWARD``, which is there only then: a look at the model shall not end its training.
+        ``evaluation/SET/nonfinite/REWARD``, which is there only then: a look at the model shall not end its
+        training.
         """
         metrics: dict[str, float] = {}
         painter = self._painter(generator)
