@@ -133,10 +133,12 @@ def evaluate(recipe: Recipe, options: EvaluationOptions) -> Results:
     todo = missing_batches(plan)
     for model in dict.fromkeys(batch.model for batch in todo):
         check_trained(plan.recipe, sample_options(plan.models[model], plan.recipe.evaluation.seed))
+    reference = _reference(plan)  # before the pictures, so that what is wrong with it is known before
     for store, identity in claims:
         store.claim(identity)
     total = sum(each.num_pictures for each in plan.sets.values()) * len(plan.models)
     done = total - sum(len(batch.numbers) for batch in todo)
+    print(f"rtdmd: {total - done} of {total} pictures to paint", file=sys.stderr)
     if todo:
         work = [
             Share(plan, batches, device)
@@ -144,7 +146,7 @@ def evaluate(recipe: Recipe, options: EvaluationOptions) -> Results:
         ]
         with tqdm(total=total, initial=done, unit="image", disable=not sys.stderr.isatty()) as progress:
             run_processes(work_off, work, progress.update)
-    return collect(plan)
+    return collect(plan, reference)
 
 
 def check_stores(plan: Plan) -> list[tuple[Store, Identity]]:
@@ -246,9 +248,8 @@ def _save_picture(plan: Plan, batch: Batch, number: int, picture: Image.Image) -
     beside.replace(path)
 
 
-def collect(plan: Plan) -> Results:
-    """All scores of a finished evaluation, and the distances to the reference."""
-    reference = _reference(plan)
+def collect(plan: Plan, reference: Tensor | None) -> Results:
+    """All scores of a finished evaluation, and the distances to the ``reference``'s features."""
     measured = []
     for model in plan.models:
         for name, prompts in plan.sets.items():

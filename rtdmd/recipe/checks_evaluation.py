@@ -40,12 +40,8 @@ def check_evaluation(report: Report, recipe: Recipe, *, is_due: bool) -> None:
     _check_names(report, "evaluation.sets", [each.name for each in section.sets])
     _check_names(report, "evaluation.models", [each.name for each in section.models])
     _check_specs(report, recipe)
-    rewards = section.rewards or recipe.rewards
-    key = "evaluation.rewards" if section.rewards else "rewards"
-    if section.rewards:
-        check_reward_names(report, key, [reward.name for reward in rewards], REWARDS)
-        for index, reward in enumerate(rewards):
-            check_reward(report, f"{key}.{index}", reward, is_used=is_due)
+    if section.rewards or is_due:
+        _check_rewards(report, recipe, is_due)
     for index, each in enumerate(section.sets):
         if each.num_images_per_prompt is not None and each.num_images_per_prompt < 1:
             where = f"evaluation.sets.{index}.num_images_per_prompt"
@@ -56,8 +52,22 @@ def check_evaluation(report: Report, recipe: Recipe, *, is_due: bool) -> None:
         report.fault("evaluation.sets", [], "write at least one set: {name: …, prompts: {source: …}}")
     if not evaluation_rewards(recipe):
         report.fault("evaluation.rewards", [], "write at least one reward: {name: clipscore}")
-    if len(report.lines) == before:
+    known = all(reward.name in REWARDS for reward in evaluation_rewards(recipe))
+    if known and len(report.lines) == before:
         _check_sets(report, recipe)
+
+
+def _check_rewards(report: Report, recipe: Recipe, is_due: bool) -> None:
+    """The section's own rewards, or the recipe's in their place, whose faults may have been noted already."""
+    from rtdmd.rewards import REWARDS
+
+    own = recipe.evaluation.rewards
+    key, rewards = ("evaluation.rewards", own) if own else ("rewards", recipe.rewards)
+    found = Report(report.source)
+    check_reward_names(found, key, [reward.name for reward in rewards], REWARDS)
+    for index, reward in enumerate(rewards):
+        check_reward(found, f"{key}.{index}", reward, is_used=is_due)
+    report.lines += [line for line in found.lines if line not in report.lines]
 
 
 def _check_names(report: Report, key: str, names: Sequence[str]) -> None:
@@ -85,7 +95,6 @@ def _check_sets(report: Report, recipe: Recipe) -> None:
     """Prompts can be read, and every reward can score some of them."""
     from rtdmd.evaluation.sets import evaluation_rewards, load_set, match_rewards
     from rtdmd.prompts import check_prompts
-    from rtdmd.rewards import REWARDS
 
     sets = []
     for index, each in enumerate(recipe.evaluation.sets):
@@ -97,9 +106,8 @@ def _check_sets(report: Report, recipe: Recipe) -> None:
                 sets.append(load_set(each, recipe.evaluation.num_images_per_prompt))
             except UserError as error:
                 report.fault(f"evaluation.sets.{index}.category", each.category, str(error))
-    rewards = [reward for reward in evaluation_rewards(recipe) if reward.name in REWARDS]
     if len(sets) == len(recipe.evaluation.sets):
         try:
-            match_rewards(sets, rewards)
+            match_rewards(sets, evaluation_rewards(recipe))
         except UserError as error:
             report.lines += [f"{report.source}: evaluation: {line}" for line in str(error).splitlines()]

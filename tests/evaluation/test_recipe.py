@@ -81,6 +81,18 @@ def test_a_reward_that_can_score_nothing_is_a_fault() -> None:
     assert "evaluation: reward 'geneval' can score none of the sets" in line
 
 
+def test_the_recipes_own_rewards_are_checked_once() -> None:
+    """They stand in where the section has none, also for a stage that doesn't train on them."""
+    recipe = load_recipe(DEMO, [SET, "evaluation.every=5", "rewards.0.weights=no/such/folder"])
+    for stage in ("cold_start", "rtdmd"):
+        with pytest.raises(UserError) as error:
+            check_recipe(recipe, DEMO, world_size=1, stages=[stage])
+        assert str(error.value).count("rewards.0.weights = 'no/such/folder'") == 1
+    with pytest.raises(UserError) as error:
+        load_for_evaluation(DEMO, ["rewards.0.name=clipscor", SET], Choices().apply)
+    assert str(error.value).count("unknown reward; did you mean 'clipscore'?") == 1
+
+
 def test_unknown_keys_are_errors() -> None:
     with pytest.raises(UserError, match="evry: unknown key; did you mean 'every'"):
         load_recipe(DEMO, ["evaluation.evry=5"])
