@@ -146,7 +146,7 @@ def reward_identity(rewards: list[RewardSection], features: str | None, digests:
         is_local = weights is not None and Path(weights).expanduser().exists()
         return digests.of(weights) if is_local and weights is not None else weights
 
-    identity: Identity = {"features": by_content(features)}
+    identity: Identity = {"features for --reference": by_content(features)}
     for reward in rewards:
         key = f"rewards.{reward.name}"
         identity |= {
