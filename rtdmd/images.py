@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [0, 1] as 8-bit levels, uint8, rounded to the nearest."""
+    """uint8 levels of 255 of images in [0, 1], rounded to the nearest; same shape."""
     return (images.float().clamp(0, 1) * 255).round().byte()
 
 

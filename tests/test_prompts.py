@@ -53,6 +53,24 @@ def test_a_separator_inside_a_line_does_not_split_the_prompt(tmp_path):
     assert _load(_write(tmp_path / "a.txt", "one\u2028line\n")).prompts == ["one\u2028line"]
 
 
+def test_json_is_one_list_of_prompts_or_objects(tmp_path):
+    prompts = _load(_write(tmp_path / "a.json", '["one", {"text": "two", "tag": 3}]'))
+    assert prompts.prompts == ["one", "two"]
+    assert prompts.metadata == [{}, {"tag": 3}]
+
+
+def test_tables_with_tabs_and_with_capitals(tmp_path):
+    prompts = _load(_write(tmp_path / "a.tsv", 'Prompts\tCategory\na "b", c\tColors\n'))
+    assert prompts.prompts == ['a "b", c']
+    assert prompts.metadata == [{"Category": "Colors"}]
+
+
+def test_json_in_a_folder_describes_the_other_files(tmp_path):
+    _write(tmp_path / "info.json", '{"licence": "none"}')
+    _write(tmp_path / "a.txt", "one\n")
+    assert _load(str(tmp_path)).prompts == ["one"]
+
+
 def test_geneval_metadata_stays_as_written(tmp_path):
     """Keys absent in one row stay absent, lists may mix strings and numbers."""
     prompts = _load(_write_jsonl(tmp_path / "geneval.jsonl", GENEVAL_ROWS))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rtdmd.recipe.checks_arithmetic import FAMILY_SIGMAS, check_arithmetic
-from rtdmd.recipe.checks_evaluation import check_evaluation, check_reward
-from rtdmd.recipe.checks_files import check_engines, check_models, check_output, check_starts
+from rtdmd.recipe.checks_evaluation import check_evaluation
+from rtdmd.recipe.checks_files import check_engines, check_models, check_output, check_source, check_starts
 from rtdmd.recipe.checks_values import check_family, check_rewards, check_stages, check_values
 from rtdmd.recipe.loading import parse_recipe
 from rtdmd.recipe.report import Report, value_at
@@ -107,7 +107,16 @@ def _check_rewards(report: Report, recipe: Recipe, *, runs_rtdmd: bool) -> None:
         report, recipe, {name: spec.differentiable for name, spec in REWARDS.items()}, runs_rtdmd=runs_rtdmd
     )
     for index, reward in enumerate(recipe.rewards):
-        check_reward(report, f"rewards.{index}", reward, is_used=runs_rtdmd)
+        key, spec = f"rewards.{index}.weights", REWARDS.get(reward.name)
+        if spec is not None and reward.mode not in spec.modes:
+            advice = f"{reward.name} has no such mode; leave the key out"
+            report.fault(f"rewards.{index}.mode", reward.mode, advice)
+        if reward.weights is None or spec is None or not runs_rtdmd:
+            continue
+        if spec.default_weights is None:
+            report.fault(key, reward.weights, f"{reward.name} has no weights; leave the key out")
+        else:
+            check_source(report, key, reward.weights, needs=None)
 
 
 def _check_prompts(report: Report, recipe: Recipe, stages: Sequence[str]) -> None:

@@ -153,16 +153,6 @@ def check_family(report: Report, recipe: Recipe, known: Collection[str]) -> None
         report.fault("model.family", name, f"unknown model family{nearest_hint(name, sorted(known))}")
 
 
-def check_reward_names(report: Report, key: str, names: Sequence[str], known: Collection[str]) -> None:
-    """Names of the list of rewards at ``key`` are registered and single."""
-    for index, name in enumerate(names):
-        if name not in known:
-            report.fault(f"{key}.{index}.name", name, f"unknown reward{nearest_hint(name, sorted(known))}")
-        elif name in names[:index]:
-            first = names.index(name)
-            report.fault(f"{key}.{index}.name", name, f"also {key}.{first}; keep one and give it the weight")
-
-
 def check_rewards(
     report: Report, recipe: Recipe, differentiable: dict[str, bool], *, runs_rtdmd: bool
 ) -> None:
@@ -171,10 +161,16 @@ def check_rewards(
     ``differentiable`` says for every registered reward whether it has one.
     """
     names = [reward.name for reward in recipe.rewards]
-    check_reward_names(report, "rewards", names, differentiable)
     for index, reward in enumerate(recipe.rewards):
+        key = f"rewards.{index}"
+        if reward.name not in differentiable:
+            hint = nearest_hint(reward.name, sorted(differentiable))
+            report.fault(f"{key}.name", reward.name, f"unknown reward{hint}")
+        elif reward.name in names[:index]:
+            first = names.index(reward.name)
+            report.fault(f"{key}.name", reward.name, f"also rewards.{first}; keep one and give it the weight")
         if reward.weight < 0:
-            report.fault(f"rewards.{index}.weight", reward.weight, "write 0 (only logged) or more")
+            report.fault(f"{key}.weight", reward.weight, "write 0 (only logged) or more")
     if runs_rtdmd and not any(reward.weight > 0 for reward in recipe.rewards):
         report.fault("rewards", names, "stage rtdmd needs at least one reward with a weight above 0")
     _check_backprop(report, recipe, names, differentiable, runs_rtdmd)
