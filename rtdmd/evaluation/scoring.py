@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rtdmd.errors import TrainingHalted
+from rtdmd.errors import UserError
 from rtdmd.evaluation.sets import EvaluationSet
 from rtdmd.images import to_levels
 from rtdmd.rewards.protocol import Reward
@@ -41,9 +41,10 @@ def score_numbers(
 
 
 def check_finite(scores: dict[str, Tensor], prompts: EvaluationSet, numbers: Sequence[int]) -> None:
-    """Raise TrainingHalted, naming reward and prompt, if a score isn't finite."""
+    """Raise UserError, naming reward and prompt, if a score isn't finite: there would be no mean."""
     for name, values in scores.items():
         for number, value in zip(numbers, values.tolist(), strict=True):
             if not math.isfinite(value):
                 prompt = prompts.prompts.prompts[number // prompts.images_per_prompt]
-                raise TrainingHalted(f"reward {name!r} gave {value} for the prompt {prompt!r}")
+                where = f"{prompts.name}: reward {name!r} gave {value} for the prompt {prompt!r}"
+                raise UserError(f"{where}; leave out one of them")
