@@ -49,10 +49,10 @@ class EvaluationSet:
 def load_set(section: EvaluationSetSection, images_per_prompt: int | None) -> EvaluationSet:
     """Read a set; its columns tell what it is.
 
-    ``include`` and ``tag`` are GenEval's, ``vqa_list`` GenEval2's. Categories are the column
-    ``section.category``, else GenEval2's ``atom_count``, else ``category`` or ``tag`` (in upper or lower
-    case) if every prompt has one. ``images_per_prompt`` is the recipe's, for sets that don't say; by default
-    4 on GenEval's prompts, 1 on others.
+    ``include`` and ``tag`` that the reward geneval accepts are GenEval's, ``vqa_list`` is GenEval2's.
+    Categories are the column ``section.category``, else GenEval2's ``atom_count``, else ``category`` or
+    ``tag`` (in upper or lower case) if every prompt has one. ``images_per_prompt`` is the recipe's, for sets
+    that don't say; by default 4 on GenEval's prompts, 1 on others.
 
     Raises:
         UserError: the source can't be read, or a prompt lacks the category that ``section`` asks for.
@@ -60,7 +60,7 @@ def load_set(section: EvaluationSetSection, images_per_prompt: int | None) -> Ev
     prompts = PromptSet.load(section.prompts)
     columns = set(prompts.metadata[0])
     style: Style = "plain"
-    if {"include", "tag"} <= columns:
+    if {"include", "tag"} <= columns and _refusal(prompts, "geneval") is None:
         style = "geneval"
     elif "vqa_list" in columns:
         style = "geneval2"
@@ -116,7 +116,7 @@ def match_rewards(sets: Sequence[EvaluationSet], rewards: Sequence[RewardSection
     matched: dict[str, list[RewardSection]] = {each.name: [] for each in sets}
     notices, faults = [], []
     for reward in rewards:
-        refusals = {each.name: _refusal(each, reward) for each in sets}
+        refusals = {each.name: _refusal(each.prompts, reward.name) for each in sets}
         for name, refusal in refusals.items():
             if refusal is None:
                 matched[name].append(reward)
@@ -131,17 +131,18 @@ def match_rewards(sets: Sequence[EvaluationSet], rewards: Sequence[RewardSection
     return Scoring(matched, notices)
 
 
-def _refusal(each: EvaluationSet, reward: RewardSection) -> str | None:
-    check = REWARDS[reward.name].check_prompt
+def _refusal(prompts: PromptSet, reward: str) -> str | None:
+    """Why a reward can't score these prompts; None if it can."""
+    check = REWARDS[reward].check_prompt
     if check is None:
         return None
     refused = []
-    for prompt, row in zip(each.prompts.prompts, each.prompts.metadata, strict=True):
+    for prompt, row in zip(prompts.prompts, prompts.metadata, strict=True):
         try:
             check(prompt, row)
         except UserError as error:
             refused.append(error)
-    return f"it refuses {len(refused)} of {len(each.prompts)} prompts: {refused[0]}" if refused else None
+    return f"it refuses {len(refused)} of {len(prompts)} prompts: {refused[0]}" if refused else None
 
 
 def at_evaluation_size(recipe: Recipe) -> Recipe:

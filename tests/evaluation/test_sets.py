@@ -45,6 +45,7 @@ def lines(rows: list[dict[str, object]]) -> str:
         ("anime.json", json.dumps(["a", "b"]), ["a", "b"], None, 1, "plain"),
         ("geneval.jsonl", lines(GENEVAL), ["a photo of two cups", "a photo of a dog"],
          ["counting", "single_object"], 4, "geneval"),
+        ("shapes.jsonl", lines([{"tag": "one", "include": [], "prompt": "a"}]), ["a"], ["one"], 1, "plain"),
         ("geneval2.jsonl", lines(GENEVAL2), ["two cats", "a red cat"], ["2 atoms", "3 atoms"], 1, "geneval2"),
         ("ocr.txt", 'a sign "OPEN"\n', ['a sign "OPEN"'], None, 1, "plain"),
     ],
