@@ -19,6 +19,8 @@ from rtdmd.evaluation.distances import cmmd, frechet_distance
 from rtdmd.evaluation.sets import EvaluationSet
 from rtdmd.evaluation.specs import ModelSpec
 from rtdmd.evaluation.statistics import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
     Column,
     Floats,
     Interval,
@@ -73,6 +75,7 @@ class Results:
 
     models: Sequence[ModelLine]
     measured: Sequence[Measured]
+    settings: dict[str, Any]  # what all models have in common, for the record
 
     @property
     def sets(self) -> list[EvaluationSet]:
@@ -178,22 +181,27 @@ class Results:
     def win_table(self) -> Table:
         """Pairs of models by rewards per set."""
         rates = self.win_rates
-        columns = [Column(*key, decimals=3) for key in dict.fromkeys((r["reward"], r["set"]) for r in rates)]
+        keys = dict.fromkeys((rate["reward"], rate["set"]) for rate in rates)
+        columns = [Column(*key, decimals=3) for key in keys]
         pairs = dict.fromkeys((rate["first"], rate["second"]) for rate in rates)
         rows = [
             Row(
                 f"{first} over {second}",
                 None,
-                {(r["set"], r["reward"]): r["rate"] for r in rates if (r["first"], r["second"]) == pair},
+                {
+                    (rate["set"], rate["reward"]): rate["rate"]
+                    for rate in rates
+                    if (rate["first"], rate["second"]) == (first, second)
+                },
             )
-            for pair in pairs
-            for first, second in [pair]
+            for first, second in pairs
         ]
         return Table(columns, rows, marks_best=False)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the pictures' own scores, as JSON has it."""
         return {
+            "settings": self.settings | {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES},
             "models": {line.name: asdict(line.spec) | {"nfe": line.nfe} for line in self.models},
             "sets": {
                 each.name: {

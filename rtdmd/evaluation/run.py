@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from rtdmd import __version__
 from rtdmd.errors import UserError
 from rtdmd.evaluation.features import check_reference, load_vision, reference_features
 from rtdmd.evaluation.identity import (
@@ -264,7 +266,26 @@ def collect(plan: Plan, reference: Tensor | None) -> Results:
             distances = {} if reference is None or features is None else distances_to(reference, features)
             measured.append(Measured(model, prompts, scores, distances))
     models = [ModelLine(name, spec, num_evaluations(plan.recipe, spec)) for name, spec in plan.models.items()]
-    return Results(models, measured)
+    return Results(models, measured, _settings(plan))
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    recipe = plan.recipe
+    rewards = {reward.name: reward for used in plan.rewards.values() for reward in used}
+    return {
+        "recipe": recipe.name,
+        "family": recipe.model.family,
+        "height": recipe.model.height,
+        "width": recipe.model.width,
+        "dtype": recipe.dtype,
+        "seed": recipe.evaluation.seed,
+        "rewards": {
+            name: {"weights": reward.weights or REWARDS[name].default_weights, "mode": reward.mode}
+            for name, reward in rewards.items()
+        },
+        "features": plan.features,
+        "rtdmd": __version__,
+    }
 
 
 def _reference(plan: Plan) -> Tensor | None:

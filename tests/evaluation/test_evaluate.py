@@ -102,6 +102,8 @@ def test_what_it_leaves(straight: Path) -> None:
     assert rows[-1]["prompt"] == "a river" and rows[-1]["category"] is None
     assert pyarrow.parquet.read_table(straight / "scores.parquet").to_pylist() == rows
     results = json.loads((straight / "results.json").read_text())
+    assert results["settings"]["height"] == 32 and results["settings"]["seed"] == 0
+    assert results["settings"]["rewards"]["compressibility"] == {"weights": None, "mode": "default"}
     assert results["models"]["teacher"]["nfe"] == 4 and results["models"]["base"]["nfe"] == 4
     scores = {(each["model"], each["set"], each["reward"]): each for each in results["scores"]}
     one = scores["base", "draw", "clipscore"]
