@@ -39,6 +39,7 @@ setup(
         "peft>=0.21",
         "accelerate>=1.15",
         "datasets>=5.2",
+        "pyarrow>=26",
         "safetensors>=0.8",
         "sentencepiece>=0.2.3",  # T5's tokenizer, for pipelines that ship no tokenizer.json
         "numpy>=2.4",

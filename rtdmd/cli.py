@@ -127,6 +127,9 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="changes no picture; default: 4")
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
+    how.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="so many processes share the prompts; default: 1"
+    )
     how.add_argument("--out", default="samples", metavar="FOLDER", help="for the PNG files; default: samples")
     how.add_argument("--grid", action="store_true", help="also grid.png, all pictures in one")
 
@@ -149,6 +152,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     recipe = load_for_sampling(recipes[0], overrides)
 
     from rtdmd import sample  # torch and diffusers load only for a sound recipe
+    from rtdmd.processes import devices_for
 
     options = sample.SampleOptions(
         loras=loras,
@@ -160,16 +164,95 @@ def _sample(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     prompts = sample.read_prompts(arguments.prompt, arguments.prompts)
-    painter = sample.build_painter(recipe, options, sample.pick_device(arguments.device))
-    metadata = sample.describe(painter, recipe, " ".join([recipes[0], *overrides]), options)
-    sample.sample(
-        painter,
-        prompts,
+    output = sample.Output(
         Path(arguments.out),
         batch_size=arguments.batch_size,
-        metadata=metadata,
+        devices=devices_for(arguments.gpus, arguments.device),
         grid=arguments.grid,
     )
+    sample.sample(recipe, options, " ".join([recipes[0], *overrides]), prompts, output)
+    return 0
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments", nargs="+", metavar="RECIPE|key=value", help="a recipe, and overrides that apply to it"
+    )
+    what = parser.add_argument_group("what to measure (default: the recipe's section `evaluation`)")
+    what.add_argument(
+        "--prompts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="sets of prompts, named after their files (txt, csv, tsv, json, jsonl, parquet)",
+    )
+    what.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=SPEC",
+        help="may be repeated; base, run:FOLDER, run:FOLDER@cold_start, lora:A.pt+B.pt, teacher; options "
+        "follow: base:steps=8, teacher:steps=50,guidance=4",
+    )
+    what.add_argument("--rewards", metavar="NAME,NAME", help="reward models, such as clipscore,hpsv2")
+    what.add_argument(
+        "--num-images-per-prompt", type=int, metavar="N", help="default: 4 on GenEval's, else 1"
+    )
+    what.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each set")
+    what.add_argument("--seed", type=int, metavar="N", help="default: the recipe's evaluation.seed")
+    what.add_argument(
+        "--reference", metavar="FOLDER|FILE", help="pictures, or features (npz, safetensors), for FD and CMMD"
+    )
+    what.add_argument("--features", metavar="WEIGHTS", help="CLIP that features are of; default: clipscore's")
+    how = parser.add_argument_group("how")
+    how.add_argument("--batch-size", type=int, metavar="N", help="default: the recipe's")
+    how.add_argument("--device", help="default: cuda where there is one, else cpu")
+    how.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="processes that share the work; default: 1"
+    )
+    how.add_argument("--save-images", action="store_true", help="keep the pictures, as PNG")
+    how.add_argument("--out", metavar="FOLDER", help="default: evaluations/NAME of the recipe")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    """Paint, score, and print the table."""
+    from rtdmd.evaluation.choices import Choices
+    from rtdmd.recipe import load_for_evaluation
+
+    # An option that takes several values also takes the overrides that follow it.
+    swallowed = [value for value in arguments.prompts if "=" in value and not Path(value).exists()]
+    recipes = [argument for argument in arguments.arguments if "=" not in argument]
+    overrides = [argument for argument in [*arguments.arguments, *swallowed] if "=" in argument]
+    if len(recipes) != 1:
+        raise UserError("rtdmd evaluate: name one recipe, such as recipes/flux2_4b.yaml, before the options")
+    choices = Choices(
+        prompts=[value for value in arguments.prompts if value not in swallowed],
+        models=arguments.model,
+        rewards=[name.strip() for name in (arguments.rewards or "").split(",") if name.strip()],
+        num_images_per_prompt=arguments.num_images_per_prompt,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    if arguments.features and not arguments.reference:
+        raise UserError("--features goes with --reference: without one nothing is compared")
+    recipe = load_for_evaluation(recipes[0], overrides, choices.apply)
+
+    from rtdmd.evaluation.run import EvaluationOptions, evaluate
+    from rtdmd.processes import devices_for
+
+    options = EvaluationOptions(
+        out=Path(arguments.out or Path("evaluations") / recipe.name),
+        devices=devices_for(arguments.gpus, arguments.device),
+        save_images=arguments.save_images,
+        reference=Path(arguments.reference) if arguments.reference else None,
+        features=arguments.features,
+    )
+    results = evaluate(recipe, options)
+    results.write(options.out)
+    print(results.table().markdown())
+    print(f"everything is in {options.out}: report.md, table.tex, results.json, scores.parquet, scores.jsonl")
     return 0
 
 
@@ -185,6 +268,7 @@ def _list_rewards(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "validate": Command("check recipes before anything loads", _add_validate_arguments, _validate),
     "sample": Command("paint prompts with the generator or the teacher", _add_sample_arguments, _sample),
+    "evaluate": Command("score models side by side on sets of prompts", _add_evaluate_arguments, _evaluate),
     "rewards": Command(
         "list the reward models: gradient, licence, what is here and what fetches the rest",
         lambda parser: None,

@@ -1,6 +1,6 @@
 """Prompts with their metadata, and the samplers that walk through them.
 
-Parquet and hub datasets are read through ``datasets``; text, jsonl and csv here, line by line. Arrow gives
+Parquet and hub datasets are read through ``datasets``; text, json and tables here, line by line. Arrow gives
 every row the union of all keys, fills the absent ones with None and refuses lists of mixed types, which
 GenEval's metadata has (``"position": ["left of", 0]``); csv through pandas turns a prompt such as ``NA`` or
 ``1984`` into something else than text. Reading by line also lets a message name the line.
@@ -42,11 +42,13 @@ class PromptSet:
 
     @classmethod
     def load(cls, section: PromptsSection) -> PromptSet:
-        """Read a text file (one prompt a line), jsonl, csv, parquet, a folder of them, or a hub dataset.
+        """Read a text file (one prompt a line), jsonl, json, csv, tsv, parquet, a folder, or a hub dataset.
 
         The prompt column is ``section.column``, else the first of ``prompt``, ``text``, ``caption`` that
-        the file's first row has. Blank lines of text files are skipped. Files of a folder are read in the
-        order of their names. In parquet and hub datasets a null is an absent key.
+        the file's first row has, in upper or lower case, singular or plural. A json file is one list, of
+        objects or of prompts. Blank lines of text files are skipped. Files of a folder are read in the
+        order of their names, json left out: there it mostly describes the others. In parquet and hub
+        datasets a null is an absent key.
 
         Raises:
             UserError: the source cannot be read, a row has no prompt, or there is none at all.
@@ -241,7 +243,8 @@ def _is_hub_id(source: str) -> bool:
 def _files(source: Path) -> list[Path]:
     known = ", ".join(_READERS)
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix in _READERS and path.is_file())
+        suffixes = _READERS.keys() - {".json"}
+        files = sorted(path for path in source.iterdir() if path.suffix in suffixes and path.is_file())
         files = [path for path in files if not path.name.startswith(".")]
         if not files:
             raise UserError(f"{source}: the folder has no prompt file ({known})")
@@ -275,7 +278,11 @@ def _split_rows(
 
 def _prompt_column(place: str, row: dict[str, Any], column: str | None) -> str:
     if column is None:
-        found = next((name for name in PROMPT_COLUMNS if name in row), None)
+        # Benchmarks' tables have capitals and plurals.
+        alike = {name.lower().removesuffix("s"): name for name in row}
+        known = [name for name in PROMPT_COLUMNS if name in row]
+        known += [alike[name] for name in PROMPT_COLUMNS if name in alike]
+        found = known[0] if known else None
         if found is None:
             raise UserError(
                 f"{place}: no column {', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]} among "
@@ -335,8 +342,28 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
         yield place, row
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
-    reader = csv.DictReader(line + "\n" for line in _lines(path))
+def _json_rows(path: Path) -> Iterator[_Row]:
+    try:
+        rows = json.loads("\n".join(_lines(path)))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+        ) from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected one JSON list, found {type(rows).__name__}")
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}: item {number}"
+        if not isinstance(row, dict | str):
+            raise UserError(f"{place}: expected an object or a prompt, found {type(row).__name__}")
+        yield place, {"text": row} if isinstance(row, str) else row
+
+
+def _tsv_rows(path: Path) -> Iterator[_Row]:
+    return _csv_rows(path, delimiter="\t")
+
+
+def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[_Row]:
+    reader = csv.DictReader((line + "\n" for line in _lines(path)), delimiter=delimiter)
     try:
         for number, row in enumerate(reader, start=1):
             place = f"{path}: row {number} (line {reader.line_num})"
@@ -375,6 +402,8 @@ def _dataset_rows(source: str, *args: Any, **kwargs: Any) -> Iterator[_Row]:
 _READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
     ".txt": _text_rows,
     ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
     ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
     ".parquet": _parquet_rows,
 }

@@ -23,14 +23,16 @@ from rtdmd.models import ModelFamily, get_family
 from rtdmd.models.adapters import STATE_FILE, Trained, read_adapter, read_trained
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.lora import load_adapter
-from rtdmd.models.protocol import TextEmbeddings
+from rtdmd.models.protocol import Network, TextEmbeddings
 from rtdmd.models.weights import WeightSource, load_network, role_weights
+from rtdmd.processes import Report, run_processes, shares, unshare
 from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection
 from rtdmd.rollout import FewSteps, paint
 
 TEACHER_STEPS = 50
+PICTURES = "sample"  # the stage of all draws for pictures
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SampleOptions:
 
     loras: Sequence[str] = ()  # files or folders, stacked in this order
     run: Path | None = None  # a run's folder: its stages' weights, instead of `loras`
+    stage: str | None = None  # of the run: its weights after this stage; None is what it trained last
     merge: bool = False  # merge the last adapter too (the earlier ones always are)
     teacher: bool = False  # the teacher's ODE with guidance instead of the generator's CPS steps
     num_steps: int | None = None  # of the generator, the recipe's schedule; of the teacher, 50
@@ -61,10 +64,13 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Painter:
-    """A network with its schedule; a picture is a function of (seed, prompt), whatever shares its batch."""
+    """A network with its schedule.
+
+    A picture is a function of (seed, prompt, image number), whatever shares its batch.
+    """
 
     family: ModelFamily
-    network: nn.Module
+    network: Network
     few: FewSteps
     guidance_scale: float
     unconditional: TextEmbeddings
@@ -72,8 +78,9 @@ class Painter:
     device: torch.device
 
     @torch.no_grad()
-    def paint(self, prompts: Sequence[str]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32."""
+    def paint(self, prompts: Sequence[str], image_numbers: Sequence[int] | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32; ``image_numbers`` tell several of one prompt apart."""
+        numbers = [0] * len(prompts) if image_numbers is None else image_numbers
         text = self.family.encode_prompts(prompts)
 
         def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
@@ -81,11 +88,18 @@ class Painter:
                 self.family, self.network, x, sigma, text, self.unconditional, self.guidance_scale
             )
 
-        return paint(self.family, velocity, self.few, lambda purpose: self.noise(purpose, prompts))
+        return paint(self.family, velocity, self.few, lambda purpose: self.noise(purpose, prompts, numbers))
 
-    def noise(self, purpose: str, prompts: Sequence[str]) -> Tensor:
-        """Standard normal latents [B, C, H, W], a function of (seed, purpose, prompt) each."""
-        return self.draws.normal(0, purpose, prompts, self.few.latent_shape).to(self.device)
+    def noise(
+        self, purpose: str, prompts: Sequence[str], image_numbers: Sequence[int] | None = None
+    ) -> Tensor:
+        """Standard normal latents [B, C, H, W], a function of (seed, purpose, prompt, image number) each."""
+        numbers = [0] * len(prompts) if image_numbers is None else image_numbers
+        rows = [
+            self.draws.normal(number, purpose, [prompt], self.few.latent_shape)
+            for prompt, number in zip(prompts, numbers, strict=True)
+        ]
+        return torch.cat(rows).to(self.device)
 
 
 def build_painter(recipe: Recipe, options: SampleOptions, device: torch.device) -> Painter:
@@ -117,7 +131,7 @@ def build_painter(recipe: Recipe, options: SampleOptions, device: torch.device) 
     )
     network = _network(recipe, options, trained, family, device)
     unconditional = family.encode_prompts([""])
-    return Painter(family, network, few, guidance_scale, unconditional, Draws(options.seed, "sample"), device)
+    return Painter(family, network, few, guidance_scale, unconditional, Draws(options.seed, PICTURES), device)
 
 
 def few_timesteps(schedule: ScheduleSection, num_steps: int | None) -> list[float]:
@@ -131,19 +145,35 @@ def _evenly(num_steps: int) -> list[float]:
     return [1000 * (1 - i / num_steps) for i in range(num_steps)]
 
 
-def run_files(run: Path, recipe: Recipe) -> list[Path]:
-    """The generator's weights files that a run has trained or started from, in stacking order."""
+def run_files(run: Path, recipe: Recipe, stage: str | None = None) -> list[Path]:
+    """The generator's weights files that a run has trained or started from, in stacking order.
+
+    ``stage``: those of its weights after this stage; None is what it trained last.
+    """
     first, second = run / "cold_start" / STATE_FILE, run / "rtdmd" / STATE_FILE
-    if second.is_file():
+    if stage != "cold_start" and second.is_file():
         return [Path(recipe.rtdmd.start_generator or first), second]
-    if not first.is_file():
-        raise UserError(f"{run}: holds neither cold_start/{STATE_FILE} nor rtdmd/{STATE_FILE}")
-    return [first]
+    if stage != "rtdmd" and first.is_file():
+        return [first]
+    missing = (
+        f"no {stage}/{STATE_FILE}" if stage else f"neither cold_start/{STATE_FILE} nor rtdmd/{STATE_FILE}"
+    )
+    raise UserError(f"{run}: holds {missing}")
+
+
+def check_trained(recipe: Recipe, options: SampleOptions) -> None:
+    """Raise UserError unless what was trained is there and fits the network, before anything large loads."""
+    role = recipe.roles.teacher if options.teacher else recipe.roles.generator
+    weights, revision = role_weights(recipe.model, role)
+    trained = _trained(recipe, options)
+    WeightSource(
+        weights, revision=revision, adapters=trained.adapters, replacement=trained.replacement
+    ).close()
 
 
 def _trained(recipe: Recipe, options: SampleOptions) -> Trained:
     if options.run is not None:
-        return read_trained(run_files(options.run, recipe), recipe.lora)
+        return read_trained(run_files(options.run, recipe, options.stage), recipe.lora)
     lora = recipe.lora
     return Trained([read_adapter(path, alpha=lora.alpha, rank=lora.rank) for path in options.loras])
 
@@ -170,28 +200,59 @@ def _network(
     return network
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process paints: numbered prompts of the whole list, on a device."""
+
+    recipe: Recipe
+    options: SampleOptions
+    source: str  # the recipe as it was given, for the metadata
+    prompts: Sequence[tuple[int, str]]
+    folder: Path
+    batch_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What a process has painted."""
+
+    paths: list[Path]
+    seconds: float  # without the loading
+    metadata: dict[str, str]  # of all its pictures
+
+
+def paint_share(share: Share, report: Report) -> Painted:
+    """Load the network and paint the share's files."""
+    painter = build_painter(share.recipe, share.options, pick_device(share.device))
+    metadata = describe(painter, share.recipe, share.source, share.options)
+    start = time.perf_counter()
+    paths = paint_files(painter, share.prompts, share.folder, share.batch_size, metadata, report)
+    return Painted(paths, time.perf_counter() - start, metadata)
+
+
 def paint_files(
     painter: Painter,
     prompts: Sequence[tuple[int, str]],
     folder: Path,
     batch_size: int,
     metadata: Mapping[str, str],
+    report: Report,
 ) -> list[Path]:
-    """Paint numbered prompts to ``folder/0000-the-prompt.png``, in batches, with a progress bar.
+    """Paint numbered prompts to ``folder/0000-the-prompt.png``, in batches, reporting each batch's size.
 
     The numbers are those of the whole list of prompts: processes that share it out write the files that
     one alone would. ``metadata``, and each picture's prompt, go into the PNG as text chunks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as progress:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
-            for (number, prompt), picture in zip(batch, pictures, strict=True):
-                paths.append(folder / _file_name(number, prompt))
-                save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
-            progress.update(len(batch))
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
+        for (number, prompt), picture in zip(batch, pictures, strict=True):
+            paths.append(folder / _file_name(number, prompt))
+            save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
+        report(len(batch))
     return paths
 
 
@@ -212,7 +273,11 @@ def describe(painter: Painter, recipe: Recipe, source: str, options: SampleOptio
     """A generation's parameters for the pictures' metadata; ``source`` is the recipe as it was given."""
     role = recipe.roles.teacher if options.teacher else recipe.roles.generator
     weights, revision = role_weights(recipe.model, role)
-    loras = [str(file) for file in run_files(options.run, recipe)] if options.run else list(options.loras)
+    loras = (
+        [str(file) for file in run_files(options.run, recipe, options.stage)]
+        if options.run
+        else list(options.loras)
+    )
     return {
         "seed": str(options.seed),
         "steps": str(len(painter.few.sigmas)),
@@ -253,25 +318,39 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where pictures go, and how they are worked off; nothing here changes a picture."""
+
+    folder: Path
+    batch_size: int = 4
+    devices: Sequence[str] = ("cpu",)  # one process each
+    grid: bool = False  # also grid.png of them all
+
+
 def sample(
-    painter: Painter,
-    prompts: Sequence[str],
-    folder: Path,
-    *,
-    batch_size: int,
-    metadata: Mapping[str, str],
-    grid: bool = False,
+    recipe: Recipe, options: SampleOptions, source: str, prompts: Sequence[str], output: Output
 ) -> list[Path]:
-    """Paint all prompts to PNG files in ``folder``, optionally ``grid.png`` of them all, and say how fast."""
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: give at least 1")
-    start = time.perf_counter()
-    paths = paint_files(painter, list(enumerate(prompts)), folder, batch_size, metadata)
-    seconds = time.perf_counter() - start
-    if grid:
-        pictures = [Image.open(path) for path in paths]
-        save_picture(
-            picture_grid(pictures), folder / "grid.png", {"prompts": json.dumps(prompts), **metadata}
+    """Paint all prompts to PNG files, in as many processes as there are devices, and say how fast.
+
+    ``source`` is the recipe as it was given, for the metadata. Raises UserError for options or files
+    that don't fit.
+    """
+    if output.batch_size < 1:
+        raise UserError(f"--batch-size {output.batch_size}: give at least 1")
+    work = [
+        Share(recipe, options, source, numbered, output.folder, output.batch_size, device)
+        for numbered, device in zip(
+            shares(list(enumerate(prompts)), len(output.devices)), output.devices, strict=False
         )
-    print(f"{len(paths)} pictures in {folder}: {len(paths) / seconds:.2f} images per second")
+    ]
+    with tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as progress:
+        done = run_processes(paint_share, work, progress.update)
+    paths = unshare([part.paths for part in done])
+    if output.grid:
+        grid = picture_grid([Image.open(path) for path in paths])
+        metadata = {"prompts": json.dumps(list(prompts)), **done[0].metadata}
+        save_picture(grid, output.folder / "grid.png", metadata)
+    seconds = max(part.seconds for part in done)
+    print(f"{len(paths)} pictures in {output.folder}: {len(paths) / seconds:.2f} images per second")
     return paths

@@ -39,25 +39,28 @@ RULES: dict[str, Rule] = {
     **{name: Rule(outside=("torch",)) for name in MATHEMATICS},
     "errors": Rule(outside=()),
     "randomness": Rule(outside=("torch", "numpy")),
+    "processes": Rule(("errors",), outside=("torch",)),
     "images": Rule(outside=("torch", "PIL")),
     "shapes": Rule(("errors",), outside=("numpy", "scipy")),
     "recipe.schema": Rule(outside=()),
-    "recipe": Rule((*MATHEMATICS, "errors"), only_inside_functions=("models", "rewards", "prompts")),
+    "recipe": Rule(
+        (*MATHEMATICS, "errors"), only_inside_functions=("models", "rewards", "prompts", "evaluation")
+    ),
     **{name: Rule((*BASICS, "recipe.schema")) for name in ("models", "prompts", "distributed")},
     "rewards": Rule((*BASICS, "recipe.schema", "images", "shapes")),
     "rollout": Rule((*MATHEMATICS, "models.protocol", "models.guidance")),
     "scheduler": Rule((*MATHEMATICS, "errors")),
     "stages": Rule((*BASICS, *PARTS, "distributed")),
-    "training": Rule((*BASICS, *PARTS, "scheduler", "distributed", "stages")),
+    "training": Rule((*BASICS, *PARTS, "scheduler", "evaluation", "sample", "distributed", "stages")),
     # DeepSpeed is optional for these: what leads to it is imported where it is used.
     **{
         name: Rule(
-            (*BASICS, *PARTS, "scheduler", *TOOLS),
+            (*BASICS, *PARTS, "scheduler", "processes", *TOOLS),
             only_inside_functions=("distributed", "stages", "training"),
         )
         for name in TOOLS
     },
-    "cli": Rule((*BASICS, *PARTS, "scheduler", *TOOLS), only_inside_functions=EVERYTHING),
+    "cli": Rule((*BASICS, *PARTS, "scheduler", "processes", *TOOLS), only_inside_functions=EVERYTHING),
     "": Rule(),  # rtdmd/__init__.py
 }
 

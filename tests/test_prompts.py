@@ -53,6 +53,24 @@ def test_a_separator_inside_a_line_does_not_split_the_prompt(tmp_path):
     assert _load(_write(tmp_path / "a.txt", "one\u2028line\n")).prompts == ["one\u2028line"]
 
 
+def test_json_is_one_list_of_prompts_or_objects(tmp_path):
+    prompts = _load(_write(tmp_path / "a.json", '["one", {"text": "two", "tag": 3}]'))
+    assert prompts.prompts == ["one", "two"]
+    assert prompts.metadata == [{}, {"tag": 3}]
+
+
+def test_tables_with_tabs_and_with_capitals(tmp_path):
+    prompts = _load(_write(tmp_path / "a.tsv", 'Prompts\tCategory\na "b", c\tColors\n'))
+    assert prompts.prompts == ['a "b", c']
+    assert prompts.metadata == [{"Category": "Colors"}]
+
+
+def test_json_in_a_folder_describes_the_other_files(tmp_path):
+    _write(tmp_path / "info.json", '{"licence": "none"}')
+    _write(tmp_path / "a.txt", "one\n")
+    assert _load(str(tmp_path)).prompts == ["one"]
+
+
 def test_geneval_metadata_stays_as_written(tmp_path):
     """Keys absent in one row stay absent, lists may mix strings and numbers."""
     prompts = _load(_write_jsonl(tmp_path / "geneval.jsonl", GENEVAL_ROWS))
@@ -128,7 +146,11 @@ def test_column_is_the_named_one_or_the_first_known(tmp_path):
         ("a.csv", "prompt,id\na\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.csv", "prompt,id\na,1,2\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.csv", "prompt\n' '\n \n", {}, ["row 2 (line 3)", "blank"]),
-        ("a.json", "[]", {}, [".txt, .jsonl, .csv, .parquet", "'.json'"]),
+        ("a.yaml", "[]", {}, [".txt, .jsonl, .json, .csv, .tsv, .parquet", "'.yaml'"]),
+        ("a.json", "[", {}, ["a.json: line 1, column 2: not JSON"]),
+        ("a.json", "{}", {}, ["expected one JSON list, found dict"]),
+        ("a.json", '["a", 2]', {}, ["item 2: expected an object or a prompt, found int"]),
+        ("a.tsv", "Prompts\tid\na\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.parquet", "not parquet", {}, ["a.parquet", "cannot be read"]),
     ],
 )

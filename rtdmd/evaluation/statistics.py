@@ -61,7 +61,14 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     resampled = np.mean([_resampled_means(group, num_resamples, rng) for group in groups], axis=0)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+    return Interval(overall_mean(values, strata), float(low), float(high))
+
+
+def overall_mean(values: ArrayLike, strata: Sequence[str] | None = None) -> float:
+    """What :func:`bootstrap_interval` estimates. Raises ValueError as it does."""
+    per_prompt = _per_prompt(values)
+    groups = [per_prompt] if strata is None else list(by_stratum(per_prompt, strata).values())
+    return float(np.mean([group.mean() for group in groups]))
 
 
 def win_rate(
@@ -139,43 +146,55 @@ class Row:
 class Table:
     """Models by measures, as the paper prints them: the best of each column stands out.
 
-    ``intervals`` adds the confidence intervals. Models whose printed means are equal are best together.
+    ``intervals`` adds the confidence intervals. Models whose printed means are equal are best together;
+    ``marks_best`` off leaves everything plain. The column NFE is there if a row has one.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Row]
     intervals: bool = True
+    marks_best: bool = True
+
+    @property
+    def _has_nfe(self) -> bool:
+        return any(row.nfe is not None for row in self.rows)
 
     def markdown(self) -> str:
         """A GitHub table; a column's head is ``group: name``."""
         heads = [f"{column.group}: {column.name}" if column.group else column.name for column in self.columns]
-        lines = [["model", "NFE", *heads], ["---", *["---:"] * (len(heads) + 1)]]
+        if self._has_nfe:
+            heads = ["NFE", *heads]
+        lines = [["model", *heads], ["---", *["---:"] * len(heads)]]
         for row in self.rows:
             cells = [self._cell(row, column, "**{}**", " [{}, {}]", "–") for column in self.columns]
-            lines.append([_markdown_text(row.name), _nfe(row, "–"), *cells])
+            nfe = [_nfe(row, "–")] if self._has_nfe else []
+            lines.append([_markdown_text(row.name), *nfe, *cells])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
     def latex(self) -> str:
         """A ``tabular`` with booktabs' rules; groups span their columns in a line of their own."""
-        lines = [rf"\begin{{tabular}}{{lr{'r' * len(self.columns)}}}", r"\toprule"]
+        before = 2 if self._has_nfe else 1
+        lines = [rf"\begin{{tabular}}{{l{'r' * (len(self.columns) + before - 1)}}}", r"\toprule"]
         spans = _spans(column.group for column in self.columns)
         if any(name for name, _, _ in spans):
             heads = [
                 rf"\multicolumn{{{last - first + 1}}}{{c}}{{{latex_text(n)}}}" for n, first, last in spans
             ]
-            lines.append(rf" & & {' & '.join(heads)} \\")
-            lines.append("".join(rf"\cmidrule(lr){{{first + 3}-{last + 3}}}" for _, first, last in spans))
+            lines.append(rf"{' &' * before} {' & '.join(heads)} \\")
+            rules = [(first + before + 1, last + before + 1) for _, first, last in spans]
+            lines.append("".join(rf"\cmidrule(lr){{{first}-{last}}}" for first, last in rules))
         names = [
             latex_text(column.name) + (r" $\downarrow$" if column.lower_is_better else r" $\uparrow$")
             for column in self.columns
         ]
-        lines += [rf"Model & NFE & {' & '.join(names)} \\", r"\midrule"]
+        lines += [rf"{' & '.join(['Model', 'NFE'][:before] + names)} \\", r"\midrule"]
         for row in self.rows:
             cells = [
                 self._cell(row, column, r"\textbf{{{}}}", r" {{\scriptsize [{}, {}]}}", "--")
                 for column in self.columns
             ]
-            lines.append(rf"{latex_text(row.name)} & {_nfe(row, '--')} & {' & '.join(cells)} \\")
+            cells = [latex_text(row.name), _nfe(row, "--")][:before] + cells
+            lines.append(rf"{' & '.join(cells)} \\")
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def _cell(self, row: Row, column: Column, bold: str, interval: str, absent: str) -> str:
@@ -183,7 +202,7 @@ class Table:
         if value is None:
             return absent
         text = f"{_mean(value):.{column.decimals}f}"
-        if len(self.rows) > 1 and text == self._best(column):
+        if self.marks_best and len(self.rows) > 1 and text == self._best(column):
             text = bold.format(text)
         if self.intervals and isinstance(value, Interval):
             ends = [f"{end:.{column.decimals}f}" for end in (value.low, value.high)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rtdmd.recipe.checks_arithmetic import FAMILY_SIGMAS, check_arithmetic
+from rtdmd.recipe.checks_evaluation import check_evaluation
 from rtdmd.recipe.checks_files import check_engines, check_models, check_output, check_source, check_starts
 from rtdmd.recipe.checks_values import check_family, check_rewards, check_stages, check_values
 from rtdmd.recipe.loading import parse_recipe
 from rtdmd.recipe.report import Report, value_at
-from rtdmd.recipe.schema import Recipe
+from rtdmd.recipe.schema import EvaluationSection, Recipe
 from rtdmd.recipe.tree import raise_faults
 
 
@@ -37,14 +39,37 @@ def load_for_sampling(path: str, overrides: Sequence[str]) -> Recipe:
     """
     recipe, faults = parse_recipe(path, overrides)
     if recipe is not None:
-        report = Report(path)
-        check_values(report, recipe)
-        check_family(report, recipe, FAMILY_SIGMAS)
-        check_models(report, recipe)
+        faults = [*faults, *_sampling_faults(recipe, path).lines]
+    raise_faults(path, faults)
+    assert recipe is not None
+    return recipe
+
+
+def load_for_evaluation(
+    path: str, overrides: Sequence[str], change: Callable[[Recipe], EvaluationSection]
+) -> Recipe:
+    """Like :func:`load_for_sampling`, and all of ``evaluation`` has passed its checks too.
+
+    ``change`` returns the section that shall take the place of the recipe's own before it is checked: a
+    command's options.
+    """
+    recipe, faults = parse_recipe(path, overrides)
+    if recipe is not None:
+        recipe = replace(recipe, evaluation=change(recipe))
+        report = _sampling_faults(recipe, path)
+        check_evaluation(report, recipe, is_due=True)
         faults = [*faults, *report.lines]
     raise_faults(path, faults)
     assert recipe is not None
     return recipe
+
+
+def _sampling_faults(recipe: Recipe, source: str) -> Report:
+    report = Report(source)
+    check_values(report, recipe)
+    check_family(report, recipe, FAMILY_SIGMAS)
+    check_models(report, recipe)
+    return report
 
 
 def check_recipe(recipe: Recipe, source: str, *, world_size: int, stages: Sequence[str]) -> None:
@@ -69,6 +94,7 @@ def find_faults(recipe: Recipe, source: str, *, world_size: int, stages: Sequenc
     if "rtdmd" in stages:
         check_starts(report, recipe)
     _check_prompts(report, recipe, stages)
+    check_evaluation(report, recipe, is_due=recipe.evaluation.every > 0)
     check_output(report, recipe)
     return report.lines
 

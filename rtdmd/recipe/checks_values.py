@@ -30,6 +30,8 @@ _RULES: tuple[_Rule, ...] = (
             "rtdmd.epochs",
             "rtdmd.consistency_max_timesteps",
             "rtdmd.reward_backprop.micro_batch_size",
+            "evaluation.batch_size",
+            "evaluation.num_images_per_prompt",
             *(f"{stage}.{key}" for stage in STAGES for key in ("checkpoint_every", "sample_every")),
         ),
     ),
@@ -54,6 +56,8 @@ _RULES: tuple[_Rule, ...] = (
         (
             "seed",
             "preview.num_images",
+            "evaluation.seed",
+            "evaluation.every",
             "cold_start.consistency_weight",
             "rtdmd.consistency_weight",
             "rtdmd.policy_weight",
@@ -128,9 +132,9 @@ def check_values(report: Report, recipe: Recipe) -> None:
             value = value_at(recipe, key)
             if value is not None and not is_fine(value):
                 report.fault(key, value, advice)
-    for key in ("model.height", "model.width"):
+    for key in ("model.height", "model.width", "evaluation.height", "evaluation.width"):
         size = value_at(recipe, key)
-        if size < 16 or size % 16:
+        if size is not None and (size < 16 or size % 16):
             lower = max(16, size // 16 * 16)
             report.fault(key, size, f"write a multiple of 16, such as {lower} or {lower + 16}")
 

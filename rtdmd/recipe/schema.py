@@ -193,6 +193,39 @@ class PreviewSection:
 
 
 @dataclass(frozen=True)
+class EvaluationSetSection:
+    """A set of prompts to evaluate on."""
+
+    name: str
+    prompts: PromptsSection
+    category: str | None = None  # column with each prompt's category; null: found by its name
+    num_images_per_prompt: int | None = None  # null is evaluation.num_images_per_prompt
+
+
+@dataclass(frozen=True)
+class EvaluationModelSection:
+    """A model to evaluate."""
+
+    name: str
+    model: str  # base, teacher:steps=50,guidance=4, run:FOLDER, run:FOLDER@cold_start, lora:A.pt+B.pt
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """What ``rtdmd evaluate`` does, and what training measures now and then."""
+
+    sets: list[EvaluationSetSection] = field(default_factory=list)
+    models: list[EvaluationModelSection] = field(default_factory=list)  # of `rtdmd evaluate`; empty: base
+    rewards: list[RewardSection] = field(default_factory=list)  # empty: the recipe's, in mode default
+    height: int | None = None  # pixels; null is the model's
+    width: int | None = None
+    num_images_per_prompt: int | None = None  # null is 4 on GenEval's prompts, 1 on others
+    batch_size: int = 4  # pictures painted and scored at once, per process
+    seed: int = 0
+    every: int = 0  # steps of training between two evaluations of the EMA; 0 is never
+
+
+@dataclass(frozen=True)
 class TrackingSection:
     """Where metrics go besides metrics.jsonl."""
 
@@ -213,6 +246,7 @@ class Recipe:
     lora: LoraSection = field(default_factory=LoraSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     preview: PreviewSection = field(default_factory=PreviewSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
     stages: list[Literal["cold_start", "rtdmd"]] = field(default_factory=lambda: ["cold_start", "rtdmd"])
     seed: int = 0

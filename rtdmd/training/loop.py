@@ -15,6 +15,7 @@ from rtdmd.stages.assemble import Stage
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_diffusers_lora, save_state_dict
 from rtdmd.training.checkpoint import CheckpointStore, read_progress
 from rtdmd.training.ema import Ema
+from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.previews import Previews
 from rtdmd.training.tracking import Tracker
 
@@ -47,6 +48,7 @@ class StageRun:
     ema: Ema
     store: CheckpointStore
     previews: Previews
+    evaluations: Evaluations | None  # None: evaluation.every is 0
     recipe: Recipe
     ranks: Ranks
     run: Path  # the run's folder
@@ -110,7 +112,10 @@ class StageRun:
             if report.generator_updated:
                 self.ema.update()
             done = step + 1
-            tracker.log(done, report.metrics, report.notices)
+            metrics = report.metrics
+            if self.evaluations and due(done, self.recipe.evaluation.every, total):
+                metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
+            tracker.log(done, metrics, report.notices)
             stop.count_step()
             stopping = stop.now(self.ranks)
             if stopping or due(done, settings.checkpoint_every, total):

@@ -11,6 +11,7 @@ import torch
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog, Watchdog
 from rtdmd.errors import UserError
+from rtdmd.models.protocol import ModelFamily
 from rtdmd.prompts import PromptSet
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
@@ -18,6 +19,7 @@ from rtdmd.stages.assemble import HandOver, build_stage
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
 from rtdmd.training.checkpoint import CheckpointStore, latest_checkpoint, read_progress, replace_text
 from rtdmd.training.ema import Ema
+from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.loop import StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
 from rtdmd.training.tracking import Tracker
@@ -81,6 +83,7 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         previews=Previews(
             _preview_prompts(recipe, stage.prompts), stage.family, stage.few, recipe.seed, ranks
         ),
+        evaluations=_evaluations(recipe, stage.family, ranks, calls),
         recipe=recipe,
         ranks=ranks,
         run=run,
@@ -99,6 +102,13 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
 
 def _preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
     return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
+
+
+def _evaluations(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallLog) -> Evaluations | None:
+    """What measures the EMA now and then, where the recipe asks for it."""
+    if recipe.evaluation.every == 0:
+        return None
+    return Evaluations(recipe, family, ranks, calls.touch)
 
 
 def _write_recipe(run: Path, recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rtdmd.cli import main
 from tests.distributed.launch import ROOT, free_port, run_ranks
 
 ITERATIONS, EPOCHS = 4, 2
@@ -42,6 +43,10 @@ def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
         "rtdmd.sample_batch_size=2",
         "rtdmd.checkpoint_every=100",
         "preview.num_images=2",
+        "evaluation.every=2",
+        "evaluation.sets=[{name: words, prompts: {source: recipes/demo_prompts.txt, limit: 3}}]",
+        "evaluation.num_images_per_prompt=2",
+        "evaluation.batch_size=2",
         *extra,
     ]
 
@@ -89,6 +94,8 @@ def test_the_run_leaves_what_is_promised(straight: Path) -> None:
     stages = [record["stage"] for record in metrics(straight)]
     assert stages == ["cold_start"] * ITERATIONS + ["rtdmd"] * EPOCHS
     assert (straight / "recipe.yaml").is_file()
+    evaluated = [record["step"] for record in metrics(straight) if "evaluation/words/clipscore" in record]
+    assert evaluated == [2, 4, 2]
     pictures = {path.name for path in (straight / "samples").iterdir()}
     assert pictures == {"cold_start-000003.png", "cold_start-000004.png", "rtdmd-000002.png"}
     for stage in ("cold_start", "rtdmd"):
@@ -96,6 +103,19 @@ def test_the_run_leaves_what_is_promised(straight: Path) -> None:
         state = torch.load(straight / stage / "generator_ema.pt", weights_only=True)
         assert all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in state)
         assert all(tensor.numel() > 0 and tensor.dtype == torch.float32 for tensor in state.values())
+
+
+def test_scores_during_training_are_those_of_evaluate(straight: Path, tmp_path: Path) -> None:
+    """Of the weights that each stage left; two ranks there, one process here."""
+    models = [f"--model={stage}=run:{straight}@{stage}" for stage in ("cold_start", "rtdmd")]
+    arguments = ["evaluate", str(straight / "recipe.yaml"), *models, "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["scores"]
+    last = {record["stage"]: record for record in metrics(straight)}
+    for score in found:
+        logged = last[score["model"]][f"evaluation/words/{score['reward']}"]
+        assert logged == pytest.approx(score["mean"], abs=2e-3)
+    assert len(found) == 4
 
 
 def test_stopped_and_resumed_equals_straight(
