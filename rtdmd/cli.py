@@ -127,6 +127,9 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="changes no picture; default: 4")
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
+    how.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="so many processes share the prompts; default: 1"
+    )
     how.add_argument("--out", default="samples", metavar="FOLDER", help="for the PNG files; default: samples")
     how.add_argument("--grid", action="store_true", help="also grid.png, all pictures in one")
 
@@ -149,6 +152,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     recipe = load_for_sampling(recipes[0], overrides)
 
     from rtdmd import sample  # torch and diffusers load only for a sound recipe
+    from rtdmd.processes import devices_for
 
     options = sample.SampleOptions(
         loras=loras,
@@ -160,16 +164,13 @@ def _sample(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     prompts = sample.read_prompts(arguments.prompt, arguments.prompts)
-    painter = sample.build_painter(recipe, options, sample.pick_device(arguments.device))
-    metadata = sample.describe(painter, recipe, " ".join([recipes[0], *overrides]), options)
-    sample.sample(
-        painter,
-        prompts,
+    output = sample.Output(
         Path(arguments.out),
         batch_size=arguments.batch_size,
-        metadata=metadata,
+        devices=devices_for(arguments.gpus, arguments.device),
         grid=arguments.grid,
     )
+    sample.sample(recipe, options, " ".join([recipes[0], *overrides]), prompts, output)
     return 0
 
 

@@ -25,6 +25,7 @@ from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.lora import load_adapter
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.models.weights import WeightSource, load_network, role_weights
+from rtdmd.processes import Report, run_processes, shares, unshare
 from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection
@@ -170,28 +171,59 @@ def _network(
     return network
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process paints: numbered prompts of the whole list, on a device."""
+
+    recipe: Recipe
+    options: SampleOptions
+    source: str  # the recipe as it was given, for the metadata
+    prompts: Sequence[tuple[int, str]]
+    folder: Path
+    batch_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What a process has painted."""
+
+    paths: list[Path]
+    seconds: float  # without the loading
+    metadata: dict[str, str]  # of all its pictures
+
+
+def paint_share(share: Share, report: Report) -> Painted:
+    """Load the network and paint the share's files."""
+    painter = build_painter(share.recipe, share.options, pick_device(share.device))
+    metadata = describe(painter, share.recipe, share.source, share.options)
+    start = time.perf_counter()
+    paths = paint_files(painter, share.prompts, share.folder, share.batch_size, metadata, report)
+    return Painted(paths, time.perf_counter() - start, metadata)
+
+
 def paint_files(
     painter: Painter,
     prompts: Sequence[tuple[int, str]],
     folder: Path,
     batch_size: int,
     metadata: Mapping[str, str],
+    report: Report,
 ) -> list[Path]:
-    """Paint numbered prompts to ``folder/0000-the-prompt.png``, in batches, with a progress bar.
+    """Paint numbered prompts to ``folder/0000-the-prompt.png``, in batches, reporting each batch's size.
 
     The numbers are those of the whole list of prompts: processes that share it out write the files that
     one alone would. ``metadata``, and each picture's prompt, go into the PNG as text chunks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as progress:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
-            for (number, prompt), picture in zip(batch, pictures, strict=True):
-                paths.append(folder / _file_name(number, prompt))
-                save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
-            progress.update(len(batch))
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
+        for (number, prompt), picture in zip(batch, pictures, strict=True):
+            paths.append(folder / _file_name(number, prompt))
+            save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
+        report(len(batch))
     return paths
 
 
@@ -253,25 +285,39 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where pictures go, and how they are worked off; nothing here changes a picture."""
+
+    folder: Path
+    batch_size: int = 4
+    devices: Sequence[str] = ("cpu",)  # one process each
+    grid: bool = False  # also grid.png of them all
+
+
 def sample(
-    painter: Painter,
-    prompts: Sequence[str],
-    folder: Path,
-    *,
-    batch_size: int,
-    metadata: Mapping[str, str],
-    grid: bool = False,
+    recipe: Recipe, options: SampleOptions, source: str, prompts: Sequence[str], output: Output
 ) -> list[Path]:
-    """Paint all prompts to PNG files in ``folder``, optionally ``grid.png`` of them all, and say how fast."""
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: give at least 1")
-    start = time.perf_counter()
-    paths = paint_files(painter, list(enumerate(prompts)), folder, batch_size, metadata)
-    seconds = time.perf_counter() - start
-    if grid:
-        pictures = [Image.open(path) for path in paths]
-        save_picture(
-            picture_grid(pictures), folder / "grid.png", {"prompts": json.dumps(prompts), **metadata}
+    """Paint all prompts to PNG files, in as many processes as there are devices, and say how fast.
+
+    ``source`` is the recipe as it was given, for the metadata. Raises UserError for options or files
+    that don't fit.
+    """
+    if output.batch_size < 1:
+        raise UserError(f"--batch-size {output.batch_size}: give at least 1")
+    work = [
+        Share(recipe, options, source, numbered, output.folder, output.batch_size, device)
+        for numbered, device in zip(
+            shares(list(enumerate(prompts)), len(output.devices)), output.devices, strict=False
         )
-    print(f"{len(paths)} pictures in {folder}: {len(paths) / seconds:.2f} images per second")
+    ]
+    with tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as progress:
+        done = run_processes(paint_share, work, progress.update)
+    paths = unshare([part.paths for part in done])
+    if output.grid:
+        grid = picture_grid([Image.open(path) for path in paths])
+        metadata = {"prompts": json.dumps(list(prompts)), **done[0].metadata}
+        save_picture(grid, output.folder / "grid.png", metadata)
+    seconds = max(part.seconds for part in done)
+    print(f"{len(paths)} pictures in {output.folder}: {len(paths) / seconds:.2f} images per second")
     return paths

@@ -39,6 +39,7 @@ RULES: dict[str, Rule] = {
     **{name: Rule(outside=("torch",)) for name in MATHEMATICS},
     "errors": Rule(outside=()),
     "randomness": Rule(outside=("torch", "numpy")),
+    "processes": Rule(("errors",), outside=("torch",)),
     "images": Rule(outside=("torch", "PIL")),
     "shapes": Rule(("errors",), outside=("numpy", "scipy")),
     "recipe.schema": Rule(outside=()),
@@ -52,12 +53,12 @@ RULES: dict[str, Rule] = {
     # DeepSpeed is optional for these: what leads to it is imported where it is used.
     **{
         name: Rule(
-            (*BASICS, *PARTS, "scheduler", *TOOLS),
+            (*BASICS, *PARTS, "scheduler", "processes", *TOOLS),
             only_inside_functions=("distributed", "stages", "training"),
         )
         for name in TOOLS
     },
-    "cli": Rule((*BASICS, *PARTS, "scheduler", *TOOLS), only_inside_functions=EVERYTHING),
+    "cli": Rule((*BASICS, *PARTS, "scheduler", "processes", *TOOLS), only_inside_functions=EVERYTHING),
     "": Rule(),  # rtdmd/__init__.py
 }
 

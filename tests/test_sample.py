@@ -110,10 +110,17 @@ def difference(first: list[np.ndarray], second: list[np.ndarray]) -> int:
     return max(int(np.abs(a - b).max()) for a, b in zip(first, second, strict=True))
 
 
-def test_pictures_do_not_depend_on_the_batch(world: World, tmp_path: Path) -> None:
+def test_pictures_depend_neither_on_the_batch_nor_on_the_number_of_processes(
+    world: World, tmp_path: Path
+) -> None:
     alone = world.sample(tmp_path / "1", "--batch-size", "1")
     assert difference(world.sample(tmp_path / "7", "--batch-size", "7"), alone) <= 1
     assert difference(world.sample(tmp_path / "3", "--batch-size", "3"), alone) <= 1
+    assert difference(world.sample(tmp_path / "two", "--gpus", "2", "--device", "cpu", "--grid"), alone) <= 1
+    names = [sorted(path.name for path in (tmp_path / run).glob("0*")) for run in ("1", "two")]
+    assert names[0] == names[1]
+    grid = np.asarray(Image.open(tmp_path / "two" / "grid.png")).astype(int)
+    assert np.abs(grid[64:128, 128:192] - alone[5]).max() <= 1
     assert difference(alone[:1] * 6, alone[1:]) > 20
     assert difference(world.sample(tmp_path / "seed", "--seed", "1"), alone) > 20
 
@@ -183,7 +190,8 @@ def test_prompts_from_a_file_and_from_standard_input(
 ) -> None:
     world, file = worlds["flux2"], tmp_path / "prompts.txt"
     file.write_text("\n".join(PROMPTS), encoding="utf-8")
-    arguments = ["sample", str(world.recipe), "--out"]
+    # One a batch: pictures of batches of another size may differ in a last bit.
+    arguments = ["sample", str(world.recipe), "--batch-size", "1", "--out"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[1]}\n\n {PROMPTS[2]}\n"))
     assert main([*arguments, str(tmp_path / "piped"), "--prompts", "-", "--prompt", PROMPTS[0]]) == 0
     assert main([*arguments, str(tmp_path / "read"), "--prompts", str(file)]) == 0
@@ -266,6 +274,8 @@ def test_merging_in_bfloat16_loses_small_adapters(worlds: dict[str, World], tmp_
         (["--prompt", "a", "--steps", "0"], "0 steps: give at least 1"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size 0: give at least 1"),
         (["--prompt", "a", "--device", "toaster"], "--device toaster: "),
+        (["--prompt", "a", "--gpus", "0"], "--gpus 0: give at least 1"),
+        (["--prompt", "a", "--prompt", "b", "--gpus", "2", "--device", "cpu", "--lora", "x.pt"], "x.pt: no"),
         (["--prompt", "a", "model.height=60"], "model.height = 60: write a multiple of 16"),
         (["--prompt", "a", "schedule.eta=2"], "schedule.eta = 2"),
         (["--prompt", "a", "another.yaml"], "name one recipe"),
