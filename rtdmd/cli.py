@@ -174,6 +174,44 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments", nargs="+", metavar="RUN|key=value", help="a run's folder, and overrides of its recipe"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("diffusers", "peft", "merged", "hub-folder"),
+        help="LoRA files for diffusers or peft, a whole pipeline, or a folder ready for the hub",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="must not exist; default: exports/NAME-TARGET")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="also what a stage that isn't finished has trained so far"
+    )
+    parser.add_argument(
+        "--link", action="store_true", help="merged: hard-link text encoders and VAE instead of copying"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Write what a run has trained in a form that others load."""
+    runs = [argument for argument in arguments.arguments if "=" not in argument]
+    if len(runs) != 1:
+        raise UserError("rtdmd export: name one run, such as runs/flux2_4b")
+
+    from rtdmd.export import ExportOptions, export
+
+    options = ExportOptions(
+        to=arguments.to,
+        out=Path(arguments.out) if arguments.out else None,
+        overrides=[argument for argument in arguments.arguments if "=" in argument],
+        allow_unfinished=arguments.unfinished,
+        link=arguments.link,
+    )
+    print(f"wrote {export(Path(runs[0]), options)}")
+    return 0
+
+
 def _list_rewards(arguments: argparse.Namespace) -> int:
     """One row for each scorer, and the commands that fetch what its published weights lack here."""
     from rtdmd.rewards import REWARDS
@@ -186,6 +224,7 @@ def _list_rewards(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "validate": Command("check recipes before anything loads", _add_validate_arguments, _validate),
     "sample": Command("paint prompts with the generator or the teacher", _add_sample_arguments, _sample),
+    "export": Command("write a run's weights as others load them", _add_export_arguments, _export),
     "rewards": Command(
         "list the reward models: gradient, licence, what is here and what fetches the rest",
         lambda parser: None,
