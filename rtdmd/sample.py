@@ -221,7 +221,7 @@ def paint_files(
         batch = prompts[start : start + batch_size]
         pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
         for (number, prompt), picture in zip(batch, pictures, strict=True):
-            paths.append(folder / _file_name(number, prompt))
+            paths.append(folder / file_name(number, prompt))
             save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
         report(len(batch))
     return paths
@@ -235,7 +235,8 @@ def save_picture(picture: Image.Image, path: Path, metadata: Mapping[str, str]) 
     picture.save(path, pnginfo=chunks)
 
 
-def _file_name(number: int, prompt: str) -> str:
+def file_name(number: int, prompt: str) -> str:
+    """``0007-the-prompt.png``."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:48].strip("-")
     return f"{number:04d}-{words}.png" if words else f"{number:04d}.png"
 

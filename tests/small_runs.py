@@ -120,16 +120,20 @@ for job in jobs:
     for pipeline_class in (Flux2KleinPipeline, StableDiffusion3Pipeline):
         call = getattr(pipeline_class, "stock_call", pipeline_class.__call__)
         pipeline_class.stock_call = call
-        pipeline_class.__call__ = lambda self, *words, call=call, **arguments: call(
-            self, *words, latents=noise["initial"], output_type="np", **arguments
+        arguments = {"latents": noise["initial"]} | ({} if job.get("as_written") else {"output_type": "np"})
+        pipeline_class.__call__ = lambda self, *words, call=call, more=arguments, **arguments: call(
+            self, *words, **(arguments | more)
         )
-    drawn = iter([*noise["transitions"], torch.zeros_like(noise["transitions"][0])])
-    drawn_by_torch, torch.randn = torch.randn, lambda *shape, **arguments: next(drawn)
-    scope = {}
+    drawn_by_torch, scope, images = torch.randn, {}, []
     for block in job["blocks"]:
+        drawn = iter([*noise["transitions"], torch.zeros_like(noise["transitions"][0])])
+        torch.randn = lambda *shape, **arguments: next(drawn)
         exec(block, scope)
-    torch.randn = drawn_by_torch
-    numpy.save(job["out"], scope["image"])
+        torch.randn = drawn_by_torch
+        if "image" in scope:
+            image = numpy.asarray(scope.pop("image"))
+            images.append(image / 255 if image.dtype == numpy.uint8 else image)
+    numpy.save(job["out"], numpy.stack(images))
 """
 
 
@@ -142,10 +146,11 @@ def save_noise(painter: Painter, family: str, prompt: str, file: Path) -> None:
 
 
 def run_plain(jobs: list[dict[str, Any]], folder: Path, *, with_rtdmd: bool = False) -> None:
-    """Run each job's Python blocks in ``folder``, in one process for all, and save the last ``image``.
+    """Run each job's Python blocks in ``folder``, in one process for all, and save what they paint.
 
-    A job has ``noise`` (a file of :func:`save_noise`), ``blocks``, and ``out``, an ``.npy`` file for the
-    picture [H, W, 3] in [0, 1]. ``rtdmd`` can't be imported there, unless ``with_rtdmd``.
+    A job has ``noise`` (a file of :func:`save_noise`), ``blocks``, and ``out``, an ``.npy`` file for each
+    block's ``image``, [N, H, W, 3] in [0, 1]. Blocks see that noise, and floating-point pictures unless the
+    job says ``as_written``. ``rtdmd`` can't be imported there, unless ``with_rtdmd``.
     """
     done = subprocess.run(
         [sys.executable, "-I", "-c", PLAIN, "ours" if with_rtdmd else "plain", str(ROOT)],
