@@ -38,7 +38,9 @@ def build_network(
     tensor. Raises UserError if a tensor has another shape than the network's.
     """
     if zero_stage(config) == 3:
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+        # The dtype is the configuration's: given here, DeepSpeed takes bfloat16 for it where the
+        # accelerator has no float16, as many CPUs don't.
+        with deepspeed.zero.Init(config_dict_or_path=config):
             network = make()
     else:
         with torch.device(device):
