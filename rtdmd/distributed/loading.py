@@ -38,8 +38,7 @@ def build_network(
     tensor. Raises UserError if a tensor has another shape than the network's.
     """
     if zero_stage(config) == 3:
-        # The dtype is the configuration's: given here, DeepSpeed takes bfloat16 for it where the
-        # accelerator has no float16, as many CPUs don't.
+        # Without `dtype`, which a CPU without float16 overrules with bfloat16: the configuration says it too.
         with deepspeed.zero.Init(config_dict_or_path=config):
             network = make()
     else:

@@ -9,6 +9,8 @@ from rtdmd.export.figures import StageFigures
 from rtdmd.export.results import Evaluation
 from rtdmd.recipe.schema import ColdStartSection, Recipe, RtdmdSection
 
+_LOSSES = ("fake_score/loss", "generator/distribution_matching")
+
 
 def training_table(recipe: Recipe, stages: Iterable[str]) -> str:
     """What the recipe says of the training of ``stages``."""
@@ -68,7 +70,7 @@ def figure_tables(figures: Sequence[StageFigures]) -> list[str]:
         f"| {each.stage} | {name} | {value:.4g} |"
         for each in figures
         for name, value in each.final.items()
-        if name.split("/")[-1] in ("loss", "distribution_matching", "policy") or name.startswith("reward/")
+        if name in _LOSSES or name.startswith(("reward/", "monitor/"))
     ]
     if values:
         parts.append(

@@ -83,7 +83,7 @@ def draw_curves(figures: Iterable[StageFigures], path: Path) -> bool:
     panels = [
         (each, group)
         for each in figures
-        for group in ("fake_score/loss", "generator/", "reward/")
+        for group in ("fake_score/loss", "generator/distribution_matching", "reward/", "monitor/")
         if _series(each, group)
     ]
     if not panels:
@@ -100,13 +100,8 @@ def draw_curves(figures: Iterable[StageFigures], path: Path) -> bool:
 
 
 def _series(figures: StageFigures, prefix: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each metric whose name starts with ``prefix``, gradient norms left out."""
-    names = {
-        name
-        for record in figures.records
-        for name in record
-        if name.startswith(prefix) and not name.endswith("grad_norm")
-    }
+    """(step, value) of each metric whose name starts with ``prefix``."""
+    names = {name for record in figures.records for name in record if name.startswith(prefix)}
     return {
         name: [(record["step"], record[name]) for record in figures.records if name in record]
         for name in sorted(names)
