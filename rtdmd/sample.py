@@ -277,10 +277,12 @@ def read_prompts(given: Sequence[str], source: str | None) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; by default the first GPU, or the CPU where there is none."""
+    """The device of that name, made the current one; by default the first GPU, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # unknown, or not of this build of torch
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

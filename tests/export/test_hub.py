@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -292,3 +294,29 @@ def test_a_stage_that_started_from_a_file(worlds: dict[str, World], tmp_path: Pa
     out = export(run, tmp_path / "out", "--no-paint")
     assert load_recipe(out / "recipe.yaml").rtdmd.start_generator is None
     assert (out / "cold_start" / "generator_ema.pt").is_file()
+
+
+def test_documented_commands(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ``rtdmd export`` of docs/publishing.md, in a folder like a person's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "HfApi", RecordingApi)
+    monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    Path("runs").mkdir()
+    Path("runs/flux2_4b").symlink_to(runs["flux2"])
+    docs = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+    lines = [line for line in docs.splitlines() if line.startswith("rtdmd export runs")]
+    assert len(lines) == 5
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0
+    written = sorted(path.name for path in Path("exports").iterdir())
+    assert written == ["peft", "public", "small-diffusers", "small-hub-folder", "small-merged"]
+
+
+def test_without_deepspeed(runs: dict[str, Path], tmp_path: Path) -> None:
+    script = "import sys; sys.modules['deepspeed'] = None; import rtdmd.cli; sys.exit(rtdmd.cli.main())"
+    arguments = ["export", str(runs["flux2"]), "--to", "hub-folder", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "README.md").is_file()

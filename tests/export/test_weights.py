@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,3 +247,14 @@ def test_a_recipe_of_another_model(
     torch.save({"odd.weight": torch.zeros(1)}, run / "rtdmd" / "generator_ema.pt")
     assert main(["export", str(run), "--to", "merged", "--out", str(tmp_path / "out")]) == 2
     assert "weights of another model: odd.weight is (1,), absent in" in capsys.readouterr().err
+
+
+def test_a_base_that_is_not_to_be_had(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    """Without a network, and with the folder that the recipe names gone."""
+    arguments = ["export", str(runs["flux2"]), "--to", "peft", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "model.pipeline=someone/nothing"]) == 2
+    assert "someone/nothing: no transformer/config.json to be had" in capsys.readouterr().err
+    assert main([*arguments, "model.pipeline=/gone/away"]) == 2
+    assert "model.pipeline = '/gone/away'" in capsys.readouterr().err
+    assert main(["export", "--to", "peft", "a=1"]) == 2
+    assert "rtdmd export: name one run" in capsys.readouterr().err
