@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from rtdmd.export.pictures import SamplePicture
 from rtdmd.export.results import Evaluation
 from rtdmd.export.run import FinishedRun
 from rtdmd.export.usage import Usage
+from rtdmd.prompts import is_hub_id
 from rtdmd.recipe.schema import Recipe
 
 
@@ -69,16 +69,15 @@ def card_data(content: CardContent) -> ModelCardData:
         pipeline_tag="text-to-image",
         tags=[*tags, "rtdmd"],
         widget=[{"text": each.prompt, "output": {"url": each.path}} for each in content.pictures],
-        model_name=content.title,
+        model_name=content.title if content.results else None,  # written with results alone
         eval_results=list(content.results) or None,
     )
 
 
 def _datasets(recipe: Recipe, stages: dict[str, Path]) -> list[str]:
     """Hub ids among the prompts' sources."""
-    sources = [getattr(recipe, stage).prompts.source for stage in stages]
-    is_id = re.compile(r"[\w-]+/[\w.-]+(?<!\.txt)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
-    return sorted({source for source in sources if is_id.fullmatch(source) and not Path(source).exists()})
+    sources = {getattr(recipe, stage).prompts.source for stage in stages}
+    return sorted(source for source in sources if is_hub_id(source))
 
 
 def card_text(content: CardContent) -> str:

@@ -36,6 +36,17 @@ class StageFigures:
             if name.startswith("reward/")
         }
 
+    @property
+    def evaluation(self) -> dict[tuple[str, str], float]:
+        """By (set, reward): the last of the evaluations during training, ``evaluation/SET/REWARD``."""
+        found = {}
+        for record in self.records:
+            for name, value in record.items():
+                kind, *names = name.split("/")
+                if kind == "evaluation" and len(names) == 2:
+                    found[names[0], names[1]] = value
+        return found
+
 
 def read_figures(run: Path) -> list[StageFigures]:
     """Figures of each stage that has records, in order. UserError for a damaged ``metrics.jsonl``."""

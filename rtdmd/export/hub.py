@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -22,6 +23,7 @@ from rtdmd.export.results import find_evaluation, hub_results
 from rtdmd.export.run import FinishedRun
 from rtdmd.export.usage import Usage
 from rtdmd.models.adapters import STATE_FILE
+from rtdmd.models.lora import Adapter
 from rtdmd.recipe import dump_recipe
 
 
@@ -41,14 +43,13 @@ class HubOptions:
 
 def write_hub_folder(run: FinishedRun, folder: Path, options: HubOptions) -> None:
     """Weights, recipe, sample pictures, curves and a model card. Raises UserError for what is missing."""
-    base = options.base or run.base[0]
+    base = options.base or str(Path(run.base[0]).expanduser())
     evaluation, figures = find_evaluation(run, options.evaluation), read_figures(run.folder)
     trains_lora = run.trained.replacement is None
     if trains_lora:
         write_diffusers(run, folder)
-        for stage, file in run.files.items():
-            if file.name == STATE_FILE:
-                shutil.copyfile(file, folder / stage / STATE_FILE)
+        for stage, adapter in run.adapters.items():
+            _write_state(run.files[stage], adapter, run.recipe.lora.alpha, folder / stage / STATE_FILE)
     else:
         write_merged(run, folder)
     # Where stage 2 started from a file, that file is the folder's own stage 1 now.
@@ -71,6 +72,15 @@ def write_hub_folder(run: FinishedRun, folder: Path, options: HubOptions) -> Non
         has_curves=draw_curves(figures, folder / "training.png"),
     )
     write_card(content, folder)
+
+
+def _write_state(file: Path, adapter: Adapter, alpha: float, target: Path) -> None:
+    """The stage's own state dict; one of an adapter that came from a file of another kind, for ``alpha``."""
+    if file.name == STATE_FILE:
+        shutil.copyfile(file, target)
+        return
+    scaled = {module: (a, (adapter.alpha / alpha) * b) for module, (a, b) in adapter.factors.items()}
+    torch.save(Adapter(scaled, alpha).state(), target)
 
 
 def _usage(run: FinishedRun, name: str, base: str | None, pictures: Sequence[SamplePicture]) -> Usage:

@@ -68,15 +68,20 @@ def _is_run(spec: Mapping[str, Any], run: FinishedRun) -> bool:
 
 
 def hub_results(evaluation: Evaluation | None, figures: Sequence[StageFigures]) -> list[EvalResult]:
-    """The exported model's results in the hub's form; without an evaluation, the last training rewards."""
+    """The exported model's results in the hub's form.
+
+    Without an evaluation they are the last one made during training, and without that the last rewards of
+    training on its own prompts.
+    """
     if evaluation is not None:
         own = [score for score in evaluation.scores if score["model"] == evaluation.model]
         return [_result(score["set"], score["set"], score["reward"], score["mean"]) for score in own]
-    rewards = figures[-1].rewards if figures else {}
-    return [
-        _result("training-prompts", "training prompts (mean over the last steps of training)", name, value)
-        for name, value in rewards.items()
-    ]
+    last = figures[-1] if figures else None
+    if last is not None and last.evaluation:
+        return [_result(name, name, reward, value) for (name, reward), value in last.evaluation.items()]
+    title = "training prompts (mean over the last steps of training)"
+    rewards = last.rewards if last is not None else {}
+    return [_result("training-prompts", title, name, value) for name, value in rewards.items()]
 
 
 def _result(dataset: str, title: str, reward: str, value: float) -> EvalResult:

@@ -15,15 +15,21 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
+from torch.testing import assert_close
 
 from rtdmd.cli import main
 from rtdmd.export import hub
+from rtdmd.export.figures import read_figures
+from rtdmd.export.results import hub_results
 from rtdmd.export.usage import CPS_CLASS
+from rtdmd.models.adapters import read_adapter
 from rtdmd.models.flux2 import KLEIN_LAYERS, Flux2Family
 from rtdmd.recipe import load_recipe
+from rtdmd.recipe.schema import LoraSection
 from rtdmd.sample import Painter
 from tests.export.conftest import BASES, PREVIEWS, PROMPT, complete_run, write_evaluation
 from tests.export.test_weights import full_run
+from tests.lora_files import write_stage
 from tests.small_runs import ROOT, World, run_plain, save_noise
 
 
@@ -284,16 +290,47 @@ def test_mistakes(
     assert not Path("out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_stage_that_started_from_a_file(worlds: dict[str, World], tmp_path: Path) -> None:
-    """Stage 1 lies elsewhere: it is exported too, and the exported recipe finds it in its own folder."""
+@pytest.mark.parametrize("file", ["generator_ema.pt", "pytorch_lora_weights.safetensors"])
+def test_a_stage_that_started_from_a_file(worlds: dict[str, World], tmp_path: Path, file: str) -> None:
+    """Stage 1 lies elsewhere, under another alpha if it is a file that states its own.
+
+    It is exported too, and the exported recipe finds it in its own folder as what it was.
+    """
     run = complete_run(worlds["sd3"], tmp_path / "run")
     (run / "cold_start").rename(tmp_path / "elsewhere")
+    write_stage(tmp_path / "elsewhere", worlds["sd3"].states[0], "sd3", LoraSection(rank=32, alpha=48.0))
     recipe = run / "recipe.yaml"
-    start = f"rtdmd:\n  start_generator: {tmp_path}/elsewhere/generator_ema.pt\n"
+    start = f"rtdmd:\n  start_generator: {tmp_path}/elsewhere/{file}\n"
     recipe.write_text(recipe.read_text().replace("rtdmd:\n", start))
     out = export(run, tmp_path / "out", "--no-paint")
     assert load_recipe(out / "recipe.yaml").rtdmd.start_generator is None
-    assert (out / "cold_start" / "generator_ema.pt").is_file()
+    module = "transformer_blocks.0.attn.to_q"
+    exported = read_adapter(out / "cold_start" / "generator_ema.pt", alpha=64.0).delta(module, 0, 4)
+    started = read_adapter(tmp_path / "elsewhere" / file, alpha=64.0).delta(module, 0, 4)
+    assert exported is not None and started is not None
+    assert_close(exported, started)
+
+
+def test_results_of_training(tmp_path: Path) -> None:
+    """The last evaluation during training is preferred to the rewards; with neither there are no results."""
+    records = [
+        {"stage": "rtdmd", "step": step, "seconds": 1.0, "reward/ocr": 0.1, "evaluation/draw/ocr": step / 10}
+        for step in (1, 2)
+    ]
+    records.append({"stage": "rtdmd", "step": 3, "seconds": 1.0, "reward/ocr": 0.1})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (result,) = hub_results(None, read_figures(tmp_path))
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("draw", "ocr", 0.2)
+    assert hub_results(None, []) == []
+
+
+def test_a_run_without_records(worlds: dict[str, World], tmp_path: Path) -> None:
+    run = complete_run(worlds["sd3"], tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    out = export(run, tmp_path / "out", "--no-paint")
+    card = ModelCard.load(out / "README.md")
+    assert "model-index" not in card.data.to_dict() and "model_name" not in card.data.to_dict()
+    assert not (out / "training.png").exists() and "training.png" not in card.text
 
 
 def test_documented_commands(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
