@@ -10,6 +10,7 @@ from rtdmd.errors import UserError
 
 LATEST = "latest"  # names the last complete checkpoint
 STATE = "state.json"  # of a checkpoint: step, world size, update counts
+ENDING_FILE = "ended.json"  # of a stage that a rule has ended early: at which step
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
@@ -26,3 +27,9 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint's ``state.json`` holds."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def ended_early(stage: Path, step: int) -> bool:
+    """Whether a rule has ended the stage in this folder for good, after ``step`` steps."""
+    ending = stage / ENDING_FILE
+    return ending.is_file() and json.loads(ending.read_text(encoding="utf-8"))["step"] == step

@@ -13,7 +13,7 @@ from rtdmd.models.lora import Adapter, plain_name
 from rtdmd.models.weights import architecture_shapes, check_adapter, role_weights
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe
-from rtdmd.runs import latest_checkpoint, read_progress
+from rtdmd.runs import ended_early, latest_checkpoint, read_progress
 from rtdmd.sample import run_files
 
 STAGES = ("cold_start", "rtdmd")
@@ -79,10 +79,14 @@ def _check_finished(folder: Path, recipe: Recipe) -> None:
             continue
         latest = latest_checkpoint(folder / stage / "checkpoints")
         # Without checkpoints (removed to save space, or never there) a weights file is taken as final.
-        done = int(read_progress(latest)["step"]) if latest is not None else None
-        if (done is not None and done < total) or not (folder / stage / STATE_FILE).is_file():
+        done = total if latest is None else int(read_progress(latest)["step"])
+        is_complete = done >= total or ended_early(folder / stage, done)
+        told = f"{done} of {total} steps are done"
+        if not (folder / stage / STATE_FILE).is_file():
+            is_complete, told = False, f"it has left no {STATE_FILE}"
+        if not is_complete:
             raise UserError(
-                f"{folder / stage}: the stage isn't finished, {done or 0} of {total} steps are done; "
+                f"{folder / stage}: the stage isn't finished, {told}; "
                 "go on with training, or add --unfinished to export what there is"
             )
 

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import Piece
 from rtdmd.errors import UserError
-from rtdmd.runs import LATEST, STATE, latest_checkpoint, read_progress
+from rtdmd.runs import LATEST as _LATEST
+from rtdmd.runs import STATE as _STATE
+from rtdmd.runs import latest_checkpoint, read_progress
 
 # role → kind → pieces
 State = Mapping[str, Mapping[str, Sequence[Piece]]]
@@ -86,11 +88,11 @@ class CheckpointStore:
         save_file(tensors, str(_rank_file(folder, self._ranks.rank)), {"starts": json.dumps(starts)})
 
     def _complete(self, partial: Path, final: Path, record: dict[str, Any]) -> None:
-        replace_text(partial / STATE, json.dumps(record, indent=2))
+        replace_text(partial / _STATE, json.dumps(record, indent=2))
         if final.exists():
             shutil.rmtree(final)
         partial.replace(final)
-        replace_text(self._folder / LATEST, final.name)
+        replace_text(self._folder / _LATEST, final.name)
         # Steps beyond this one are of a run that was wound back.
         others = sorted(path for path in self._folder.glob("step-*") if path != final)
         earlier = [path for path in others if path.name < final.name]

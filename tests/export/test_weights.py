@@ -201,7 +201,7 @@ def spoil_all(run: Path) -> None:
             spoil_stage,
             "run/rtdmd: the stage isn't finished, 7 of 20 steps are done; go on with training, or add",
         ),
-        (spoil_start, "run/rtdmd: the stage isn't finished"),
+        (spoil_start, "run/rtdmd: the stage isn't finished, it has left no generator_ema.pt; go on"),
         (spoil_tensor, "is empty; the adapter was saved without gathering its shards"),
         (spoil_all, "run: holds neither cold_start/generator_ema.pt nor rtdmd/generator_ema.pt"),
         (lambda run: (run.parent / "out").mkdir(), "out is there already"),
@@ -223,6 +223,16 @@ def test_refused_runs(
     printed = capsys.readouterr().err
     assert (message or "metrics.jsonl:1 is no record of a step") in printed and "Traceback" not in printed
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_stage_that_a_rule_has_ended(worlds: dict[str, World], tmp_path: Path) -> None:
+    """It is finished at the step where it ended, and not if training went on from there."""
+    run = complete_run(worlds["flux2"], tmp_path / "run")
+    write_progress(run, "rtdmd", 7)
+    (run / "rtdmd" / "ended.json").write_text('{"step": 7}')
+    export(run, "diffusers", tmp_path / "ended")
+    write_progress(run, "rtdmd", 8)
+    assert main(["export", str(run), "--to", "diffusers", "--out", str(tmp_path / "on")]) == 2
 
 
 def test_unfinished_stages_on_demand(worlds: dict[str, World], tmp_path: Path) -> None:
