@@ -93,4 +93,7 @@ def evaluation_table(found: Evaluation) -> str:
 
 
 def _interval(score: Mapping[str, Any] | None) -> str:
-    return "" if score is None else f"{score['mean']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+    if score is None:
+        return ""
+    ends = f" [{score['low']:.4g}, {score['high']:.4g}]" if "low" in score else ""
+    return f"{score['mean']:.4g}{ends}"

@@ -15,6 +15,7 @@ from rtdmd.export.figures import StageFigures
 from rtdmd.export.run import FinishedRun
 
 RESULTS_FILE = "results.json"
+DISTANCES = ("frechet_clip", "cmmd")  # to a reference set, where one was given; they have no interval
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Evaluation:
 
     model: str
     models: Sequence[str]
-    scores: Sequence[Mapping[str, Any]]  # model, set, reward, mean, low, high
+    scores: Sequence[Mapping[str, Any]]  # model, set, reward, mean; low and high if there is an interval
 
 
 def find_evaluation(run: FinishedRun, given: Path | None) -> Evaluation | None:
@@ -52,11 +53,21 @@ def find_evaluation(run: FinishedRun, given: Path | None) -> Evaluation | None:
 def _read(file: Path, run: FinishedRun) -> Evaluation | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        models, scores = content["models"], content["scores"]
+        models, scores = content["models"], [*content["scores"], *_distances(content.get("distances", []))]
         own = [name for name, spec in models.items() if _is_run(spec, run)]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the results of rtdmd evaluate ({error!r})") from error
     return Evaluation(own[0], list(models), scores) if own else None
+
+
+def _distances(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Distances of models on sets in the form of scores."""
+    return [
+        {"model": each["model"], "set": each["set"], "reward": name, "mean": each[name]}
+        for name in DISTANCES
+        for each in measured
+        if name in each
+    ]
 
 
 def _is_run(spec: Mapping[str, Any], run: FinishedRun) -> bool:

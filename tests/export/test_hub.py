@@ -140,8 +140,9 @@ def test_evaluation_results(folders: dict[str, Path]) -> None:
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "few-step-sd3"
     found = [(result.dataset_name, result.metric_type, result.metric_value) for result in results]
-    assert found == [("drawbench", "clipscore", 0.3125), ("drawbench", "hpsv2", 0.3125)]
-    assert "| base | 0.25 [0.15, 0.35] | 0.25 [0.15, 0.35] |" in card.text
+    values = {"clipscore": 0.3125, "hpsv2": 0.3125, "cmmd": 1.5}
+    assert found == [("drawbench", name, value) for name, value in values.items()]
+    assert "| base | 0.25 [0.15, 0.35] | 0.25 [0.15, 0.35] | 1.5 |" in card.text
     assert "| **ours** (this model) | 0.3125 [0.2125, 0.4125]" in card.text
     again = ModelCardData(eval_results=results, model_name=name).to_dict()["model-index"]
     assert again == card.data.to_dict()["model-index"]
