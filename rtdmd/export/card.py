@@ -131,7 +131,7 @@ def _usage(content: CardContent) -> str:
         parts += ["With the package `rtdmd` its scheduler takes the place of `CPS`:"]
         parts += [f"```python\n{usage.with_scheduler()}```"]
     if usage.base is not None:
-        parts += ["and its command line paints from a downloaded copy of this repository:"]
+        parts += ["and its command line paints with this folder:"]
         parts += [f"```bash\n{usage.command()}```"]
     return "\n\n".join(parts)
 

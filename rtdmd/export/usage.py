@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,8 +105,12 @@ class Usage:
         return f'image = pipe(\n{lines}).images[0]\nimage.save("picture.png")\n'
 
     def command(self) -> str:
-        """Painting with rtdmd's command line, from a downloaded folder."""
-        return f"rtdmd sample {self.name}/recipe.yaml --run {self.name} --prompt {_shell(self.prompt)}\n"
+        """Painting with rtdmd's command line, from the folder or a downloaded copy of the repository."""
+        _, is_repository, folder = self.name.rpartition("/")
+        fetch = f"hf download {self.name} --local-dir {folder}\n" if is_repository else ""
+        return (
+            f"{fetch}rtdmd sample {folder}/recipe.yaml --run {folder} --prompt {shlex.quote(self.prompt)}\n"
+        )
 
 
 def _literal(value: Any) -> str:
@@ -114,8 +119,3 @@ def _literal(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
         return f'"{escaped}"'
     return repr(value)
-
-
-def _shell(text: str) -> str:
-    """One word of a shell's command line."""
-    return "'" + text.replace("'", "'\"'\"'") + "'"

@@ -243,6 +243,9 @@ def test_push(
     assert created == {"repo_id": "someone/few-step", "repo_type": "model", "private": True, "exist_ok": True}
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("someone/few-step", out)
     assert 'load_lora_weights("someone/few-step")' in (out / "README.md").read_text(encoding="utf-8")
+    fetch, paint = blocks(out, "bash")[0].splitlines()
+    assert fetch == "hf download someone/few-step --local-dir few-step"
+    assert paint.startswith("rtdmd sample few-step/recipe.yaml --run few-step --prompt ")
     assert "https://hub/commit" in capsys.readouterr().out
     arguments = [
         "export",
