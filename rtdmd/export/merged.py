@@ -26,8 +26,9 @@ def write_merged(run: FinishedRun, folder: Path, *, link: bool = False) -> None:
     """A pipeline folder that diffusers opens by itself, with the run's generator as its transformer.
 
     W + ΔW is summed in float32 and cast to the recipe's dtype, tensor by tensor; no more than one shard
-    of the result is in memory at a time. Text encoders, tokenizers and VAE are the recipe's, copied, or
-    hard-linked with ``link`` where the file system allows. Raises UserError if the base can't be read.
+    of the result is in memory at a time, and its copy while it is written. Text encoders, tokenizers and
+    VAE are the recipe's, copied, or hard-linked with ``link`` where the file system allows. Raises
+    UserError if the base can't be read.
     """
     pipeline = pipeline_folder(run)
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
