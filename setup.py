@@ -21,6 +21,7 @@ def read_version() -> str:
 
 
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.32"]
+CARD = ["matplotlib>=3.11"]  # the curves on an exported model's card
 
 setup(
     name="rtdmd",
@@ -52,8 +53,10 @@ setup(
         "train": ["deepspeed>=0.19.8"],
         "ocr": OCR,
         "rewards": OCR,  # the other rewards need nothing beyond torch and transformers
+        "card": CARD,
         "tracking": ["tensorboard>=2.21", "wandb>=0.31"],
         "dev": [
+            *CARD,
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "ruff>=0.17.6,<0.18",

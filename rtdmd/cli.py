@@ -174,6 +174,68 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments", nargs="+", metavar="RUN|key=value", help="a run's folder, and overrides of its recipe"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("diffusers", "peft", "merged", "hub-folder"),
+        help="LoRA files for diffusers or peft, a whole pipeline, or a folder ready for the hub",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="must not exist; default: exports/NAME-TARGET")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="also what a stage that isn't finished has trained so far"
+    )
+    parser.add_argument(
+        "--link", action="store_true", help="merged: hard-link text encoders and VAE instead of copying"
+    )
+    hub = parser.add_argument_group("hub-folder")
+    hub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of a sample picture")
+    hub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample pictures; default: 0")
+    hub.add_argument("--device", help="that paints them; default: cuda where there is one, else cpu")
+    hub.add_argument(
+        "--no-paint", action="store_true", help="cut the sample pictures from the last grid of training"
+    )
+    hub.add_argument("--evaluation", metavar="FOLDER", help="results of rtdmd evaluate for the card")
+    hub.add_argument("--base-model", metavar="ID", help="hub id of the base; default: the recipe's")
+    hub.add_argument("--license", metavar="ID", help="the hub's id of a licence; default: the base model's")
+    hub.add_argument("--push", metavar="REPO_ID", help="upload the folder to this repository of the hub")
+    hub.add_argument("--private", action="store_true", help="create the repository as a private one")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Write what a run has trained in a form that others load."""
+    runs = [argument for argument in arguments.arguments if "=" not in argument]
+    if len(runs) != 1:
+        raise UserError("rtdmd export: name one run, such as runs/flux2_4b")
+
+    from rtdmd.export import ExportOptions, HubOptions, export
+
+    hub = HubOptions(
+        base=arguments.base_model,
+        licence=arguments.license,
+        prompts=arguments.prompt,
+        paint=not arguments.no_paint,
+        seed=arguments.seed,
+        device=arguments.device,
+        evaluation=Path(arguments.evaluation) if arguments.evaluation else None,
+    )
+    options = ExportOptions(
+        to=arguments.to,
+        out=Path(arguments.out) if arguments.out else None,
+        overrides=[argument for argument in arguments.arguments if "=" in argument],
+        allow_unfinished=arguments.unfinished,
+        link=arguments.link,
+        hub=hub,
+        push=arguments.push,
+        private=arguments.private,
+    )
+    print(f"wrote {export(Path(runs[0]), options)}")
+    return 0
+
+
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "arguments", nargs="+", metavar="RECIPE|key=value", help="a recipe, and overrides that apply to it"
@@ -268,6 +330,7 @@ def _list_rewards(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "validate": Command("check recipes before anything loads", _add_validate_arguments, _validate),
     "sample": Command("paint prompts with the generator or the teacher", _add_sample_arguments, _sample),
+    "export": Command("write a run's weights as others load them", _add_export_arguments, _export),
     "evaluate": Command("score models side by side on sets of prompts", _add_evaluate_arguments, _evaluate),
     "rewards": Command(
         "list the reward models: gradient, licence, what is here and what fetches the rest",

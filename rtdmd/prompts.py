@@ -80,7 +80,7 @@ def check_prompts(
     faults = []
     if section.limit is not None and section.limit < 1:
         faults.append(f"{key}.limit = {section.limit}: must be at least 1")
-    if not _is_hub_id(section.source):
+    if not is_hub_id(section.source):
         limit = section.limit if not faults else None
         try:
             prompts = PromptSet.load(replace(section, limit=limit))
@@ -218,7 +218,7 @@ class GroupSampler:
 
 
 def _samples(section: PromptsSection) -> Iterator[tuple[str, dict[str, Any]]]:
-    if _is_hub_id(section.source):
+    if is_hub_id(section.source):
         yield from _split_rows(_hub_rows(section), section.column, nulls_are_absent=True)
         return
     for path in _files(Path(section.source)):
@@ -233,7 +233,7 @@ def _first_of_each(samples: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tu
             yield prompt, metadata
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     """``owner/name`` that is no local path; a name that ends like a prompt file is a missing file."""
     owner, slash, name = source.partition("/")
     is_id = bool(owner.strip(".~") and slash and name.strip(".")) and "/" not in name

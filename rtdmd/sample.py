@@ -250,7 +250,7 @@ def paint_files(
         batch = prompts[start : start + batch_size]
         pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
         for (number, prompt), picture in zip(batch, pictures, strict=True):
-            paths.append(folder / _file_name(number, prompt))
+            paths.append(folder / file_name(number, prompt))
             save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
         report(len(batch))
     return paths
@@ -264,7 +264,8 @@ def save_picture(picture: Image.Image, path: Path, metadata: Mapping[str, str]) 
     picture.save(path, pnginfo=chunks)
 
 
-def _file_name(number: int, prompt: str) -> str:
+def file_name(number: int, prompt: str) -> str:
+    """``0007-the-prompt.png``."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:48].strip("-")
     return f"{number:04d}-{words}.png" if words else f"{number:04d}.png"
 
@@ -309,10 +310,12 @@ def read_prompts(given: Sequence[str], source: str | None) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; by default the first GPU, or the CPU where there is none."""
+    """The device of that name, made the current one; by default the first GPU, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # unknown, or not of this build of torch
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

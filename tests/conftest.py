@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.small_runs import World
 
 # Before torch and the hub's client are imported, and inherited by the ranks that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that share cores otherwise wait for each other
@@ -53,3 +57,18 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     build_tiny_clip(folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory, tiny_flux2: Path, tiny_sd3: Path) -> dict[str, World]:
+    """A small run of each family. Tests don't write to it."""
+    from tests.small_runs import build_worlds
+
+    pipelines = {"flux2": tiny_flux2, "sd3": tiny_sd3}
+    return build_worlds({name: tmp_path_factory.mktemp(f"run_{name}") for name in pipelines}, pipelines)
+
+
+@pytest.fixture(params=["flux2", "sd3"])
+def world(request: pytest.FixtureRequest, worlds: dict[str, World]) -> World:
+    """Each family's small run in turn."""
+    return worlds[request.param]

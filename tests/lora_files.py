@@ -10,9 +10,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rtdmd.models import get_family
+from rtdmd.models.adapters import save_diffusers_lora
 from rtdmd.models.lora import attach_adapter
 from rtdmd.recipe.schema import LoraSection
-from rtdmd.training.artifacts import GENERATOR_FILE, save_diffusers_lora
+from rtdmd.training.artifacts import GENERATOR_FILE
 
 PUBLISHED = LoraSection(rank=32, alpha=64.0)
 
@@ -42,7 +43,7 @@ def write_stage(
     """A stage's folder with ``generator_ema.pt`` and ``pytorch_lora_weights.safetensors``."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state), folder / GENERATOR_FILE)
-    save_diffusers_lora(dict(state), folder, get_family(family), lora)  # type: ignore[arg-type]
+    save_diffusers_lora(dict(state), folder, get_family(family), lora)
     return folder
 
 

@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "errors": Rule(outside=()),
     "randomness": Rule(outside=("torch", "numpy")),
     "processes": Rule(("errors",), outside=("torch",)),
+    "runs": Rule(("errors",), outside=()),
     "images": Rule(outside=("torch", "PIL")),
     "shapes": Rule(("errors",), outside=("numpy", "scipy")),
     "recipe.schema": Rule(outside=()),
@@ -51,16 +52,18 @@ RULES: dict[str, Rule] = {
     "rollout": Rule((*MATHEMATICS, "models.protocol", "models.guidance")),
     "scheduler": Rule((*MATHEMATICS, "errors")),
     "stages": Rule((*BASICS, *PARTS, "distributed")),
-    "training": Rule((*BASICS, *PARTS, "scheduler", "evaluation", "sample", "distributed", "stages")),
+    "training": Rule((*BASICS, *PARTS, "runs", "scheduler", "evaluation", "sample", "distributed", "stages")),
     # DeepSpeed is optional for these: what leads to it is imported where it is used.
     **{
         name: Rule(
-            (*BASICS, *PARTS, "scheduler", "processes", *TOOLS),
+            (*BASICS, *PARTS, "scheduler", "processes", "runs", *TOOLS),
             only_inside_functions=("distributed", "stages", "training"),
         )
         for name in TOOLS
     },
-    "cli": Rule((*BASICS, *PARTS, "scheduler", "processes", *TOOLS), only_inside_functions=EVERYTHING),
+    "cli": Rule(
+        (*BASICS, *PARTS, "scheduler", "processes", "runs", *TOOLS), only_inside_functions=EVERYTHING
+    ),
     "": Rule(),  # rtdmd/__init__.py
 }
 

@@ -1,4 +1,4 @@
-"""LoRA files of every kind in use, read as one :class:`rtdmd.models.lora.Adapter`.
+"""LoRA files of every kind in use, read as one :class:`rtdmd.models.lora.Adapter`, and written.
 
 Three kinds differ in how they state alpha, without which the factors say only half:
 
@@ -11,6 +11,7 @@ Three kinds differ in how they state alpha, without which the factors say only h
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rtdmd.errors import UserError
 from rtdmd.models.lora import Adapter, adapter_from_state, is_adapter, read_state_dict
+from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe.schema import LoraSection
 
 STATE_FILE = "generator_ema.pt"
@@ -151,3 +153,27 @@ def _names_an_adapter(state: Iterable[str]) -> bool:
 def _first(state: Iterable[str]) -> str:
     name = next(iter(state), None)
     return "" if name is None else f", but {name!r}"
+
+
+def save_diffusers_lora(
+    state: dict[str, Tensor], folder: Path, family: type[ModelFamily] | ModelFamily, lora: LoraSection
+) -> None:
+    """``pytorch_lora_weights.safetensors`` for ``pipeline.load_lora_weights``, with rank and alpha.
+
+    ``state`` has the names of ``generator_ema.pt``. Without the adapter metadata diffusers takes the rank
+    for alpha without a word. Call on rank 0.
+    """
+    layers = {name.replace(".default.weight", ".weight"): tensor for name, tensor in state.items()}
+    metadata = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets or family.lora_targets),
+    }
+    beside = folder / ".lora.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    family.pipeline_class.save_lora_weights(  # type: ignore[attr-defined]
+        str(beside), transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+    )
+    for file in beside.iterdir():
+        file.replace(folder / file.name)
+    beside.rmdir()

@@ -19,6 +19,7 @@ from rtdmd.schedules import flux2_sigmas, sd3_sigmas
 
 PATCH = 2  # VAE latents are folded 2x2 into the transformer's channels
 DEFAULT_TEXT_TOKENS = 512
+KLEIN_LAYERS = (9, 18, 27)  # of the text encoder, Flux2KleinPipeline's default
 # Single blocks of the largest FLUX.2; names beyond a model's depth match nothing.
 MAX_SINGLE_BLOCKS = 48
 
@@ -125,6 +126,16 @@ class Flux2Family:
         # Past diffusers' own `to`, which warns of modules to keep in float32 where there are none.
         nn.Module.to(vae, dtype)
         return family
+
+    @classmethod
+    def call_arguments(
+        cls, pipeline: str, revision: str | None, max_sequence_length: int | None
+    ) -> dict[str, Any]:
+        """The number of text tokens, and the text encoder's layers where they aren't klein's."""
+        config = load_config(Qwen3Config, pipeline, "text_encoder", revision)
+        layers = text_layers(config.num_hidden_layers)
+        arguments: dict[str, Any] = {"max_sequence_length": max_sequence_length or DEFAULT_TEXT_TOKENS}
+        return arguments if layers == KLEIN_LAYERS else arguments | {"text_encoder_out_layers": layers}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(4·latent_channels, H/16, W/16). UserError unless both sides are multiples of 16 pixels."""

@@ -54,6 +54,37 @@ class Adapter:
         a, b = self.factors[module]
         return (self.alpha / a.shape[0]) * (b[start:stop].float() @ a.float())
 
+    def state(self) -> dict[str, Tensor]:
+        """The factors under the names of ``generator_ema.pt``."""
+        return {
+            f"{module}.{factor}.default.weight": tensor.contiguous()
+            for module, pair in self.factors.items()
+            for factor, tensor in zip(_FACTORS, pair, strict=True)
+        }
+
+
+def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with ΔW = ΔW_1 + ΔW_2 + …, float32, of the sum of their ranks, and alpha that sum.
+
+    [s_1·B_1, s_2·B_2, …]·[A_1; A_2; …] with s_i = alpha_i/rank_i, so that its own alpha/rank is 1: exact
+    where the s_i are powers of two (64/32 is), else to a rounding of B. Zeros stand for a module that one
+    of them lacks. ``adapters`` have been checked against one and the same model.
+    """
+    shapes = {
+        module: (b.shape[0], a.shape[1]) for adapter in adapters for module, (a, b) in adapter.factors.items()
+    }
+    factors = {}
+    for module, (outputs, inputs) in shapes.items():
+        rows, columns = [], []
+        for adapter in adapters:
+            missing = torch.zeros(adapter.rank, inputs), torch.zeros(outputs, adapter.rank)
+            a, b = adapter.factors.get(module, missing)
+            rows.append(a.float())
+            columns.append((adapter.alpha / adapter.rank) * b.float())
+        factors[module] = (torch.cat(rows), torch.cat(columns, dim=1))
+    rank = sum(adapter.rank for adapter in adapters)
+    return Adapter(factors, float(rank), " + ".join(adapter.source for adapter in adapters))
+
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a .pt (no pickled objects) or .safetensors file, on the CPU, memory-mapped.

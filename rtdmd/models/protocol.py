@@ -74,6 +74,13 @@ class ModelFamily(Protocol):
         """Load text encoders, tokenizers and VAE (frozen, eval) of a pipeline folder or hub id."""
         ...
 
+    @classmethod
+    def call_arguments(
+        cls, pipeline: str, revision: str | None, max_sequence_length: int | None
+    ) -> dict[str, Any]:
+        """What the diffusers pipeline is called with to encode text as this family does."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a ``height`` × ``width`` image. UserError for sizes that don't fit."""
         ...

@@ -98,6 +98,13 @@ class SD3Family:
         shift = DEFAULT_SHIFT if schedule_shift is None else schedule_shift
         return cls(text, vae, max_sequence_length or DEFAULT_T5_TOKENS, shift)
 
+    @classmethod
+    def call_arguments(
+        cls, pipeline: str, revision: str | None, max_sequence_length: int | None
+    ) -> dict[str, Any]:
+        """The number of T5 tokens; the pipeline's own default is 256."""
+        return {"max_sequence_length": max_sequence_length or DEFAULT_T5_TOKENS}
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(latent_channels, H/8, W/8). UserError unless both sides are multiples of 16 pixels."""
         check_size(height, width, self._vae_scale * PATCH)

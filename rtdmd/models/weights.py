@@ -7,7 +7,7 @@ rank ever holds a whole model; adapters of an earlier stage are merged into just
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from rtdmd.errors import UserError
 from rtdmd.models.lora import Adapter, plain_name
 from rtdmd.recipe.schema import ModelSection, TeacherSection, TrainedSection
 
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_SINGLE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def role_weights(model: ModelSection, role: TeacherSection | TrainedSection) -> tuple[str, str | None]:
@@ -49,6 +49,41 @@ def transformer_folder(weights: str, revision: str | None = None) -> Path:
     if not (transformer / "config.json").is_file():
         raise UserError(f"{weights}: has no transformer/config.json; give the folder of a diffusers pipeline")
     return transformer
+
+
+def check_adapter(adapter: Adapter, shape_of: Callable[[str], tuple[int, ...] | None], model: str) -> None:
+    """Raise UserError unless every module of ``adapter`` is one of ``model``'s, in its shape.
+
+    ``shape_of(name)`` is the shape of the model's tensor ``name``; None where it has no such tensor.
+    """
+    for module, (a, b) in adapter.factors.items():
+        shape, delta = shape_of(f"{module}.weight"), (b.shape[0], a.shape[1])
+        if shape is None:
+            raise UserError(f"{adapter.source}: adapter for another model: {model} has no module {module!r}")
+        if shape != delta:
+            raise UserError(
+                f"{adapter.source}: adapter for another model: {module} is {shape} in {model}, {delta} there"
+            )
+
+
+def architecture_shapes(
+    network_class: Any, weights: str, revision: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a pipeline's transformer, from its configuration alone: no weights are read.
+
+    Raises UserError if there is no configuration, or the hub can't be reached.
+    """
+    try:
+        config = network_class.load_config(
+            str(Path(weights).expanduser()), subfolder="transformer", revision=revision
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{weights}: no transformer/config.json to be had ({type(error).__name__}: {error})"
+        ) from error
+    with init_empty_weights():
+        network = network_class.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 class WeightSource:
@@ -84,28 +119,25 @@ class WeightSource:
 
     def _index(self) -> dict[str, Path]:
         """File of each tensor."""
-        if (self.folder / _INDEX).is_file():
-            weight_map = json.loads((self.folder / _INDEX).read_text())["weight_map"]
+        if (self.folder / WEIGHTS_INDEX).is_file():
+            weight_map = json.loads((self.folder / WEIGHTS_INDEX).read_text())["weight_map"]
             return {name: self.folder / file for name, file in weight_map.items()}
-        single = self.folder / _SINGLE
+        single = self.folder / WEIGHTS_FILE
         if not single.is_file():
-            raise UserError(f"{self.folder}: has no {_SINGLE} and no {_INDEX}")
+            raise UserError(f"{self.folder}: has no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}")
         with safe_open(str(single), framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise UserError unless every module of ``adapter`` is one of this transformer's, in its shape."""
-        for module, (a, b) in adapter.factors.items():
-            name, delta = f"{module}.weight", (b.shape[0], a.shape[1])
-            if name not in self._files:
-                raise UserError(
-                    f"{adapter.source}: adapter for another model: {self.folder} has no module {module!r}"
-                )
-            if self.shape(name) != delta:
-                raise UserError(
-                    f"{adapter.source}: adapter for another model: {module} is {self.shape(name)} in "
-                    f"{self.folder}, {delta} there"
-                )
+        check_adapter(
+            adapter, lambda name: self.shape(name) if name in self._files else None, str(self.folder)
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, in the order of the files."""
+        return list(self._files)
 
     def _slices(self, name: str) -> Any:
         if name not in self._files:

@@ -1,8 +1,7 @@
-"""The files that a stage leaves for others: state dicts, and LoRA weights for diffusers."""
+"""The state dicts that a stage leaves for others."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.models.protocol import ModelFamily
-from rtdmd.recipe.schema import LoraSection
 
 GENERATOR_FILE = "generator_ema.pt"
 FAKE_SCORE_FILE = "fake_score.pt"
@@ -37,26 +34,3 @@ def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ra
 
     ranks.on_main_first(write)
     return state
-
-
-def save_diffusers_lora(
-    state: dict[str, Tensor], folder: Path, family: ModelFamily, lora: LoraSection
-) -> None:
-    """``pytorch_lora_weights.safetensors`` for ``pipeline.load_lora_weights``, with rank and alpha.
-
-    Without the adapter metadata diffusers takes alpha for rank without a word. Call on rank 0.
-    """
-    layers = {name.replace(".default.weight", ".weight"): tensor for name, tensor in state.items()}
-    metadata = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": list(lora.targets or family.lora_targets),
-    }
-    beside = folder / ".lora.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    family.pipeline_class.save_lora_weights(  # type: ignore[attr-defined]
-        str(beside), transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
-    )
-    for file in beside.iterdir():
-        file.replace(folder / file.name)
-    beside.rmdir()

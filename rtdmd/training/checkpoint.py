@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import Piece
 from rtdmd.errors import UserError
+from rtdmd.runs import LATEST as _LATEST
+from rtdmd.runs import STATE as _STATE
+from rtdmd.runs import latest_checkpoint, read_progress
 
 # role → kind → pieces
 State = Mapping[str, Mapping[str, Sequence[Piece]]]
 
-_LATEST = "latest"
-_STATE = "state.json"
 _RNG = "rng/torch"
 
 
@@ -112,22 +113,6 @@ class CheckpointStore:
                     for piece in pieces:
                         reader.fill(f"{role}/{kind}/{piece.name}", piece)
             reader.restore_rng(self._ranks.rank)
-
-
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """Folder of the last complete checkpoint, or None. UserError if ``latest`` names none."""
-    pointer = checkpoints / _LATEST
-    if not pointer.is_file():
-        return None
-    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / _STATE).is_file():
-        raise UserError(f"{pointer}: names {folder.name}, which is no complete checkpoint; name another one")
-    return folder
-
-
-def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's ``state.json`` holds."""
-    return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
 
 
 def _fresh_folder(folder: Path) -> None:

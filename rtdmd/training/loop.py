@@ -10,9 +10,10 @@ from typing import Any
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import MASTER
+from rtdmd.models.adapters import save_diffusers_lora
 from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.assemble import Stage
-from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_diffusers_lora, save_state_dict
+from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_state_dict
 from rtdmd.training.checkpoint import CheckpointStore, read_progress
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
