@@ -20,5 +20,8 @@ class Reward(Protocol):
     differentiable: bool
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """Scores [B], float32, of images [B, 3, H, W] in [0, 1]. Raises rather than inventing a score."""
+        """Scores [B], float32, of images [B, 3, H, W] in [0, 1].
+
+        Raises rather than inventing a score. A network's own number goes out as it is, finite or not.
+        """
         ...

@@ -23,6 +23,9 @@ class Captions:
     def __getitem__(self, part: slice) -> Captions:
         return Captions(self.prompts[part], self.metadata[part])
 
+    def rows(self, chosen: Sequence[int]) -> Captions:
+        return Captions([self.prompts[i] for i in chosen], [self.metadata[i] for i in chosen])
+
 
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
@@ -71,26 +74,30 @@ class RewardPanel:
     def hinge(
         self, x0: Tensor, captions: Captions, margin: float, weights: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reward hinge loss over all samples, and its metrics; differentiable in ``x0``.
+        """The reward hinge loss over the samples that weigh something, and its metrics.
 
-        Decoder and reward models run forward and backward chunk by chunk on detached latents; the
-        returned scalar carries their gradient on into ``x0``'s own graph. At most one chunk's graph
-        exists at a time. Its value is the loss's.
+        Differentiable in ``x0`` [B, C, H, W]; ``weights`` [B]. Decoder and reward models run forward and
+        backward chunk by chunk on detached latents; the returned scalar carries their gradient on into
+        ``x0``'s own graph. At most one chunk's graph exists at a time. Its value is the loss's.
+
+        Samples of weight 0 are neither decoded nor scored: one of them may be there for want of a finite
+        score, and 0·NaN is NaN.
         """
+        weighty = weights.nonzero().flatten().tolist()
         total = weights.sum()
-        loss, active = torch.zeros((), device=x0.device), torch.zeros((), device=x0.device)
+        loss, exceeding = torch.zeros((), device=x0.device), torch.zeros((), device=x0.device)
         gradient = torch.zeros_like(x0)
-        for part in _chunks(len(x0), self._backprop_chunk):
-            leaf = x0[part].detach().requires_grad_()
-            reward = self._differentiable_sum(leaf, captions[part])
+        for part in _chunks(len(weighty), self._backprop_chunk):
+            rows = weighty[part]
+            leaf = x0[rows].detach().requires_grad_()
+            reward = self._differentiable_sum(leaf, captions.rows(rows))
             # The weighted mean over all samples is the chunks' means, weighted by their shares.
-            share = weights[part].sum() / torch.where(total > 0, total, torch.ones_like(total))
-            chunk_loss = share * reward_hinge_loss(reward, margin, weights[part])
-            (gradient[part],) = torch.autograd.grad(chunk_loss, leaf)
+            chunk_loss = weights[rows].sum() / total * reward_hinge_loss(reward, margin, weights[rows])
+            (gradient[rows],) = torch.autograd.grad(chunk_loss, leaf)
             loss = loss + chunk_loss.detach()
-            active = active + (reward.detach() < margin).sum() / len(x0)
+            exceeding = exceeding + (reward.detach() >= margin).sum() / len(weighty)
         carried = (x0 * gradient).sum()
-        return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": active}
+        return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": 1 - exceeding}
 
     def _differentiable_sum(self, latents: Tensor, captions: Captions) -> Tensor:
         """Σ w_i·r_i(decode(latents)) over the rewards that back-propagate, [B]."""

@@ -23,6 +23,7 @@ from rtdmd.stages.ac_dmd import AmbientMatching, Samples
 from rtdmd.stages.metrics import Means, StepReport
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from rtdmd.stages.roles import Roles
+from rtdmd.stages.scores import Scores, check_usable, non_finite_notices, of_all_ranks, score_metrics
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Record:
     text_rows: list[int]  # each sample's row in `text`
     trajectory: Trajectory
     log_probs: dict[int, Tensor]  # rollout log-probability of each drawn step, [B]
-    scores: dict[str, Tensor]  # [B] per reward
 
     def __getitem__(self, part: slice) -> Record:
         moving = self.trajectory
@@ -48,7 +48,6 @@ class Record:
             self.text_rows[part],
             Trajectory(moving.sigmas, [x[part] for x in moving.states], [v[part] for v in moving.velocities]),
             {step: value[part] for step, value in self.log_probs.items()},
-            {name: value[part] for name, value in self.scores.items()},
         )
 
     def __len__(self) -> int:
@@ -117,34 +116,37 @@ class Rtdmd:
         drawn = self.draws.subset(
             epoch, "policy_steps", len(self.few.sigmas) - 1, self.settings.num_policy_steps
         )
-        records = self._sample(epoch, drawn, means)
+        records, rewards = self._sample(epoch, drawn)
         fake_norm = self._update_fake_score(epoch, records, means)
-        advantages = self._advantages(records, means)
+        advantages = self._advantages(records, rewards, means)
         generator_norm = self._update_generator(epoch, records, advantages, drawn, means)
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
-        metrics = means.read(self._ranks) | norms
-        return StepReport(metrics, generator_updated=True, notices=self._notices(metrics))
+        metrics = score_metrics("reward", rewards) | means.read(self._ranks) | norms
+        notices = [*non_finite_notices(rewards), *self._hinge_notices(metrics)]
+        return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
-    def _notices(self, metrics: dict[str, float]) -> tuple[str, ...]:
+    def _hinge_notices(self, metrics: dict[str, float]) -> list[str]:
         if metrics.get("generator/hinge_active") != 0:
-            return ()
+            return []
         backprop = self.settings.reward_backprop
-        return (
+        return [
             f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "
-            "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights",
-        )
+            "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
+        ]
 
     @torch.no_grad()
-    def _sample(self, epoch: int, drawn: Sequence[int], means: Means) -> list[Record]:
-        """Rollouts of all sampling batches, decoded and scored."""
+    def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], dict[str, Tensor]]:
+        """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures, [N] each."""
         plan = self._sampler.epoch(epoch)
-        records = []
+        records, scores = [], []
         for number in range(self.settings.num_sample_batches):
             indices = list(self._sampler.rank_positions(self._ranks.rank, number))
             record = self._roll_out(epoch, indices, [plan[index] for index in indices], drawn)
-            means.add("reward", {name: scores.mean() for name, scores in record.scores.items()})
+            scores.append(self.panel.score(record.trajectory.final, record.captions))
             records.append(record)
-        return records
+        rewards = of_all_ranks(scores, self._ranks)
+        check_usable(rewards, self.panel.weights)
+        return records, rewards
 
     def _roll_out(
         self, epoch: int, indices: list[int], prompt_ids: list[int], drawn: Sequence[int]
@@ -172,9 +174,8 @@ class Rtdmd:
             [self.prompts.metadata[prompt] for prompt in prompt_ids],
         )
         log_probs = {step: self._log_prob(trajectory, step, trajectory.velocities[step]) for step in drawn}
-        scores = self.panel.score(trajectory.final, captions)
         taken = replace(trajectory, velocities=[])  # nothing needs them any more
-        return Record(indices, prompt_ids, captions, text, rows, taken, log_probs, scores)
+        return Record(indices, prompt_ids, captions, text, rows, taken, log_probs)
 
     def _log_prob(self, trajectory: Trajectory, step: int, velocity: Tensor) -> Tensor:
         """Log-probability [B] of the transition that was taken at ``step``, under ``velocity``."""
@@ -194,15 +195,11 @@ class Rtdmd:
             means.add("fake_score", parts | {"loss": loss})
         return fake.engine.step().grad_norm
 
-    def _advantages(self, records: list[Record], means: Means) -> list[Tensor]:
+    def _advantages(self, records: list[Record], rewards: Scores, means: Means) -> list[Tensor]:
         """This rank's advantages per record, normalised over all samples of all ranks."""
         device = self._ranks.device
         mine = torch.tensor([prompt for record in records for prompt in record.prompt_ids], device=device)
         prompt_ids = self._ranks.all_gather(mine).flatten()
-        rewards = {
-            name: self._ranks.all_gather(torch.cat([record.scores[name] for record in records])).flatten()
-            for name in records[0].scores
-        }
         everyone = group_advantages(
             rewards, prompt_ids, self.panel.weights, global_std=self.settings.advantage_global_std
         )

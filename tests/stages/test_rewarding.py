@@ -13,6 +13,7 @@ from rtdmd.objectives import reward_hinge_loss
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import load_rewards
+from rtdmd.rewards.clip import ClipReward
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from tests.distributed.reference import without_rounding
 
@@ -64,6 +65,27 @@ def test_hinge_gradient_equals_autograd_through_everything(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-8)
     assert float(metrics["hinge_active"]) == 1.0
     assert (float(gradient.abs().max()) > 0) == any(weights)
+
+
+def test_a_sample_without_a_finite_score_leaves_the_others_gradient_alone(
+    parts: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scorer gives NaN for one prompt; that sample's weight is 0, as its advantage is."""
+    score = ClipReward.score
+
+    def partly_nan(self: ClipReward, images: Any, prompts: Any, metadata: Any) -> torch.Tensor:
+        factors = torch.tensor([float("nan") if prompt == "a dog" else 1.0 for prompt in prompts])
+        return factors * score(self, images, prompts, metadata)
+
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
+    z = latents().requires_grad_()
+    whole, _ = make_panel(parts, 2).hinge(z, CAPTIONS, 3.0, mask)
+    (expected,) = torch.autograd.grad(whole, z)
+    monkeypatch.setattr(ClipReward, "score", partly_nan)
+    loss, metrics = make_panel(parts, 2).hinge(z, CAPTIONS, 3.0, mask)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert torch.equal(loss, whole) and torch.equal(gradient, expected)
+    assert torch.isfinite(metrics["hinge"]) and not gradient[1].any()
 
 
 def test_a_margin_below_every_reward_is_inactive(parts: tuple[Any, list[Any]]) -> None:
