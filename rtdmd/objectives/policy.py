@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rtdmd.objectives.reduction import weighted_mean
-
-_STD_FLOOR = 1e-4  # added to every standard deviation that divides
+from rtdmd.objectives.reduction import STD_FLOOR, weighted_mean
 
 
 def group_advantages(
@@ -78,9 +76,9 @@ def _relative_to_groups(
         else:
             variances = torch.zeros_like(sizes).index_add_(0, group, centred.square()) / sizes
             std = variances.sqrt()[group]
-        total += weights[name] * centred / (std + _STD_FLOOR)
+        total += weights[name] * centred / (std + STD_FLOOR)
     if normalize:
-        total = total / (total.std(correction=0) + _STD_FLOOR)
+        total = total / (total.std(correction=0) + STD_FLOOR)
     return total.float()
 
 

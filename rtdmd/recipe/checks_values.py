@@ -65,7 +65,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         "write a number in [0, 1), such as 0.9",
         lambda value: 0 <= value < 1,
-        tuple(f"{stage}.ema_decay" for stage in STAGES),
+        (*(f"{stage}.ema_decay" for stage in STAGES), "rtdmd.reward_backprop.statistics_decay"),
     ),
     ("write a number in [0, 1], such as 0.9", lambda value: 0 <= value <= 1, ("schedule.eta",)),
     (
@@ -167,6 +167,8 @@ def check_rewards(
             report.fault(f"{key}.name", reward.name, f"also rewards.{first}; keep one and give it the weight")
         if reward.weight < 0:
             report.fault(f"{key}.weight", reward.weight, "write 0 (only logged) or more")
+        if reward.clip is not None and not (len(reward.clip) == 2 and reward.clip[0] < reward.clip[1]):
+            report.fault(f"{key}.clip", reward.clip, "write [low, high] with low < high, such as [-2, 2]")
     if runs_rtdmd and not any(reward.weight > 0 for reward in recipe.rewards):
         report.fault("rewards", names, "stage rtdmd needs at least one reward with a weight above 0")
     _check_backprop(report, recipe, names, differentiable, runs_rtdmd)

@@ -136,6 +136,8 @@ class RewardBackpropSection:
     weight: float = 1e-4  # 0 switches it off
     margin: float = 3.0
     rewards: list[str] | None = None  # null: clipscore, hpsv2, pickscore, as far as the recipe has them
+    standardize: bool = False  # (r - mean)/std of each reward before the weighted sum and the margin
+    statistics_decay: float = 0.9  # of these means and stds, per epoch
     micro_batch_size: int = 1  # pictures whose decoder and reward graphs exist at once
 
 
@@ -182,6 +184,7 @@ class RewardSection:
     weights: str | None = None  # folder or hub id; null is the published one
     revision: str | None = None
     mode: RewardMode = "default"  # official: with the quirks of the published code, where it has some
+    clip: list[float] | None = None  # [low, high]: training takes a score beyond a bound for the bound
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from rtdmd.rewards import REWARDS, load_rewards
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
 from rtdmd.stages.cold_start import ColdStart
+from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import RewardPanel
 from rtdmd.stages.roles import Roles, Student, Teacher
 from rtdmd.stages.rtdmd import Rtdmd
@@ -94,11 +95,20 @@ def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
     return RewardPanel(
         family,
         load_rewards(recipe.rewards, ranks.device, getattr(torch, recipe.dtype)),
-        {reward.name: reward.weight for reward in recipe.rewards},
+        _combination(recipe),
         [name for name in chosen if REWARDS[name].differentiable],
         score_chunk=recipe.rtdmd.score_batch_size or recipe.rtdmd.sample_batch_size,
         backprop_chunk=backprop.micro_batch_size,
         progress=calls.touch,
+    )
+
+
+def _combination(recipe: Recipe) -> Combination:
+    backprop = recipe.rtdmd.reward_backprop
+    return Combination(
+        {reward.name: reward.weight for reward in recipe.rewards},
+        {reward.name: (reward.clip[0], reward.clip[1]) for reward in recipe.rewards if reward.clip},
+        backprop.statistics_decay if backprop.standardize else None,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.objectives import reward_hinge_loss
 from rtdmd.rewards.protocol import Metadata, Reward
+from rtdmd.stages.combination import Combination
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def _chunks(count: int, size: int) -> list[slice]:
 
 
 class RewardPanel:
-    """Several rewards with weights, behind one decoder.
+    """Several rewards and their combination, behind one decoder.
 
     ``backprop`` names the rewards whose gradient is used. Pictures are decoded and scored
     ``score_chunk`` at a time, and back-propagated through ``backprop_chunk`` at a time; ``progress`` is
@@ -43,7 +44,7 @@ class RewardPanel:
         self,
         family: ModelFamily,
         rewards: Sequence[Reward],
-        weights: dict[str, float],
+        combination: Combination,
         backprop: Sequence[str],
         *,
         score_chunk: int,
@@ -52,7 +53,7 @@ class RewardPanel:
     ) -> None:
         self._family = family
         self.rewards = list(rewards)
-        self.weights = weights
+        self.combination = combination
         self._backprop = [reward for reward in rewards if reward.name in backprop]
         self._score_chunk = score_chunk
         self._backprop_chunk = backprop_chunk
@@ -100,11 +101,10 @@ class RewardPanel:
         return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": 1 - exceeding}
 
     def _differentiable_sum(self, latents: Tensor, captions: Captions) -> Tensor:
-        """Σ w_i·r_i(decode(latents)) over the rewards that back-propagate, [B]."""
+        """The combination of the rewards that back-propagate, of decode(latents), [B]."""
         images = self._family.decode(latents)
-        terms = [
-            self.weights[reward.name]
-            * reward.score(images, captions.prompts, captions.metadata).to(latents.device, torch.float32)
+        scores = {
+            reward.name: reward.score(images, captions.prompts, captions.metadata).to(latents.device)
             for reward in self._backprop
-        ]
-        return torch.stack(terms).sum(0)
+        }
+        return self.combination.total(scores)

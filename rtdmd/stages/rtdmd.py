@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,12 +119,22 @@ class Rtdmd:
         )
         records, rewards = self._sample(epoch, drawn)
         fake_norm = self._update_fake_score(epoch, records, means)
-        advantages = self._advantages(records, rewards, means)
+        trained_on = self.panel.combination.clip(rewards)
+        self.panel.combination.observe(trained_on)
+        advantages = self._advantages(records, trained_on, means)
         generator_norm = self._update_generator(epoch, records, advantages, drawn, means)
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
         metrics = score_metrics("reward", rewards) | means.read(self._ranks) | norms
         notices = [*non_finite_notices(rewards), *self._hinge_notices(metrics)]
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
+
+    def state(self) -> dict[str, Any]:
+        """What one epoch learns from another besides weights: JSON, equal on all ranks."""
+        return {"combination": self.panel.combination.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.panel.combination.restore(state["combination"])
 
     def _hinge_notices(self, metrics: dict[str, float]) -> list[str]:
         if metrics.get("generator/hinge_active") != 0:
@@ -145,7 +156,7 @@ class Rtdmd:
             scores.append(self.panel.score(record.trajectory.final, record.captions))
             records.append(record)
         rewards = of_all_ranks(scores, self._ranks)
-        check_usable(rewards, self.panel.weights)
+        check_usable(rewards, self.panel.combination.weights)
         return records, rewards
 
     def _roll_out(
@@ -201,7 +212,10 @@ class Rtdmd:
         mine = torch.tensor([prompt for record in records for prompt in record.prompt_ids], device=device)
         prompt_ids = self._ranks.all_gather(mine).flatten()
         everyone = group_advantages(
-            rewards, prompt_ids, self.panel.weights, global_std=self.settings.advantage_global_std
+            rewards,
+            prompt_ids,
+            self.panel.combination.weights,
+            global_std=self.settings.advantage_global_std,
         )
         local = everyone.view(self._ranks.world_size, -1)[self._ranks.rank]
         means.add(

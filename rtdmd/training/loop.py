@@ -72,6 +72,7 @@ class StageRun:
         for role in ("generator", "fake_score"):
             getattr(self.stage.roles, role).engine.restored(progress["num_updates"][role])
         self.ema.num_updates = progress["num_updates"]["ema"]
+        self.stage.restore(progress["stage"])
         return int(progress["step"])
 
     def save(self, step: int) -> None:
@@ -83,6 +84,7 @@ class StageRun:
         progress = {
             "num_updates": updates | {"ema": self.ema.num_updates},
             "training": training_identity(self.recipe),
+            "stage": self.stage.state(),
         }
         replicated = [role for role, engine in engines.items() if engine.masters.replicated]
         self.store.save(step, self._state(), progress, replicated)

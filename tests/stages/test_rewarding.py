@@ -14,6 +14,7 @@ from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.clip import ClipReward
+from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from tests.distributed.reference import without_rounding
 
@@ -28,12 +29,17 @@ def parts(tiny_flux2: Path, tiny_clip: Path) -> tuple[Any, list[Any]]:
     return family, without_rounding(load_rewards([section], device, torch.float32))
 
 
-def make_panel(parts: tuple[Any, list[Any]], chunk: int, scored: list[int] | None = None) -> RewardPanel:
+def make_panel(
+    parts: tuple[Any, list[Any]],
+    chunk: int,
+    scored: list[int] | None = None,
+    combination: Combination | None = None,
+) -> RewardPanel:
     family, rewards = parts
     return RewardPanel(
         family,
         rewards,
-        {"clipscore": 2.0},
+        combination or Combination({"clipscore": 2.0}),
         ["clipscore"],
         score_chunk=chunk,
         backprop_chunk=chunk,
@@ -86,6 +92,29 @@ def test_a_sample_without_a_finite_score_leaves_the_others_gradient_alone(
     (gradient,) = torch.autograd.grad(loss, z)
     assert torch.equal(loss, whole) and torch.equal(gradient, expected)
     assert torch.isfinite(metrics["hinge"]) and not gradient[1].any()
+
+
+def test_clipped_and_standardised_gradients(parts: tuple[Any, list[Any]]) -> None:
+    """Standardised, the gradient is the raw one over the std; beyond a bound it is zero."""
+    family, (reward,) = parts
+    z = latents()
+    raw = reward.score(family.decode(z), CAPTIONS.prompts, CAPTIONS.metadata)
+
+    def gradient(combination: Combination) -> torch.Tensor:
+        leaf = z.clone().requires_grad_()
+        loss, _ = make_panel(parts, 2, combination=combination).hinge(leaf, CAPTIONS, 100.0, torch.ones(5))
+        return torch.autograd.grad(loss, leaf)[0]
+
+    plain = gradient(Combination({"clipscore": 2.0}))
+    standardised = Combination({"clipscore": 2.0}, decay=0.9)
+    standardised.observe({"clipscore": raw})
+    std = float(raw.double().std(correction=0)) + 1e-4
+    torch.testing.assert_close(gradient(standardised), plain / std, rtol=1e-4, atol=1e-7)
+    bound = float(raw.sort().values[1:3].mean())  # between the second and the third
+    clipped = gradient(Combination({"clipscore": 2.0}, {"clipscore": (bound, 10.0)}))
+    below = raw < bound
+    assert below.sum() == 2 and not clipped[below].any()
+    torch.testing.assert_close(clipped[~below], plain[~below])
 
 
 def test_a_margin_below_every_reward_is_inactive(parts: tuple[Any, list[Any]]) -> None:
