@@ -38,7 +38,8 @@ def build_network(
     tensor. Raises UserError if a tensor has another shape than the network's.
     """
     if zero_stage(config) == 3:
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+        # Without `dtype`, which a CPU without float16 overrules with bfloat16: the configuration says it too.
+        with deepspeed.zero.Init(config_dict_or_path=config):
             network = make()
     else:
         with torch.device(device):
