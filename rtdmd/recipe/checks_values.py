@@ -9,7 +9,7 @@ from typing import Any
 
 from rtdmd.errors import nearest_hint
 from rtdmd.recipe.report import Report, value_at
-from rtdmd.recipe.schema import DEFAULT_BACKPROP_REWARDS, Recipe
+from rtdmd.recipe.schema import DEFAULT_BACKPROP_REWARDS, Recipe, RewardSection
 
 STAGES = ("cold_start", "rtdmd")
 _OPTIMIZERS = tuple(f"{stage}.{role}" for stage in STAGES for role in ("generator", "fake_score"))
@@ -29,6 +29,7 @@ _RULES: tuple[_Rule, ...] = (
             "cold_start.consistency_max_timesteps",
             "rtdmd.epochs",
             "rtdmd.consistency_max_timesteps",
+            "rtdmd.monitor_every",
             "rtdmd.reward_backprop.micro_batch_size",
             *(f"{stage}.{key}" for stage in STAGES for key in ("checkpoint_every", "sample_every")),
         ),
@@ -149,6 +150,35 @@ def check_family(report: Report, recipe: Recipe, known: Collection[str]) -> None
         report.fault("model.family", name, f"unknown model family{nearest_hint(name, sorted(known))}")
 
 
+IMAGE_METRICS = ("edge_energy", "saturation", "entropy", "diversity")
+
+
+def check_stop_rules(report: Report, recipe: Recipe) -> None:
+    """Rules name metrics that are logged, and can end a stage."""
+    known = [f"reward/{reward.name}" for reward in recipe.rewards]
+    known += [f"monitor/{reward.name}" for reward in recipe.monitor_rewards]
+    known += [f"image/{name}" for name in IMAGE_METRICS]
+    for index, rule in enumerate(recipe.rtdmd.stop_when):
+        key = f"rtdmd.stop_when.{index}"
+        if rule.metric not in known:
+            report.fault(f"{key}.metric", rule.metric, f"not logged{nearest_hint(rule.metric, known)}")
+        if rule.drop < 0:
+            report.fault(f"{key}.drop", rule.drop, "write 0 or more, in the metric's own unit")
+        if rule.patience < 0:
+            report.fault(f"{key}.patience", rule.patience, "write 0 or more epochs")
+        if rule.window < 1:
+            report.fault(f"{key}.window", rule.window, "write at least 1")
+
+
+def reward_sections(recipe: Recipe) -> dict[str, RewardSection]:
+    """Every reward of the recipe by its dotted key, those that are trained on first."""
+    return {
+        f"{key}.{index}": reward
+        for key in ("rewards", "monitor_rewards")
+        for index, reward in enumerate(value_at(recipe, key))
+    }
+
+
 def check_rewards(
     report: Report, recipe: Recipe, differentiable: dict[str, bool], *, runs_rtdmd: bool
 ) -> None:
@@ -157,14 +187,22 @@ def check_rewards(
     ``differentiable`` says for every registered reward whether it has one.
     """
     names = [reward.name for reward in recipe.rewards]
-    for index, reward in enumerate(recipe.rewards):
-        key = f"rewards.{index}"
+    first_keys: dict[str, str] = {}
+    for key, reward in reward_sections(recipe).items():
         if reward.name not in differentiable:
             hint = nearest_hint(reward.name, sorted(differentiable))
             report.fault(f"{key}.name", reward.name, f"unknown reward{hint}")
-        elif reward.name in names[:index]:
-            first = names.index(reward.name)
-            report.fault(f"{key}.name", reward.name, f"also rewards.{first}; keep one and give it the weight")
+        elif reward.name in first_keys:
+            advice = (
+                "keep one and give it the weight" if key.startswith("rewards") else "it is logged already"
+            )
+            report.fault(f"{key}.name", reward.name, f"also {first_keys[reward.name]}; {advice}")
+        first_keys.setdefault(reward.name, key)
+        if key.startswith("monitor_rewards"):
+            if reward.weight != 1 or reward.clip is not None:
+                advice = "a monitor is never trained on; leave weight and clip out"
+                report.fault(key, reward.name, advice)
+            continue
         if reward.weight < 0:
             report.fault(f"{key}.weight", reward.weight, "write 0 (only logged) or more")
         if reward.clip is not None and not (len(reward.clip) == 2 and reward.clip[0] < reward.clip[1]):

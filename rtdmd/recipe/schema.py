@@ -142,6 +142,16 @@ class RewardBackpropSection:
 
 
 @dataclass(frozen=True)
+class StopRuleSection:
+    """Ends the stage when a metric's running mean has long been below its best."""
+
+    metric: str  # as logged: reward/NAME, monitor/NAME, image/NAME
+    drop: float  # below the best running mean
+    patience: int = 40  # epochs for which the drop has to last
+    window: int = 5  # logged values that the running mean is over
+
+
+@dataclass(frozen=True)
 class RtdmdSection:
     """Stage 2, RTDMD: SubGRPO, AC-DMD on the last step, reward back-propagation."""
 
@@ -171,6 +181,8 @@ class RtdmdSection:
     timestep_range: list[float] = field(default_factory=lambda: [20.0, 980.0])
     reward_backprop: RewardBackpropSection = field(default_factory=RewardBackpropSection)
     ema_decay: float = 0.81  # reached by the warm-up min((1+n)/(10+n), decay)
+    monitor_every: int = 10  # epochs between looks at monitor_rewards and at what the pictures are like
+    stop_when: list[StopRuleSection] = field(default_factory=list)  # any of them; the first picks the best
     checkpoint_every: int = 20  # epochs
     sample_every: int = 20
 
@@ -213,6 +225,7 @@ class Recipe:
     cold_start: ColdStartSection
     rtdmd: RtdmdSection
     rewards: list[RewardSection]
+    monitor_rewards: list[RewardSection] = field(default_factory=list)  # scored and logged, never trained on
     lora: LoraSection = field(default_factory=LoraSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     preview: PreviewSection = field(default_factory=PreviewSection)

@@ -92,11 +92,15 @@ def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
     backprop = recipe.rtdmd.reward_backprop
     names = [reward.name for reward in recipe.rewards]
     chosen: Sequence[str] = backprop.rewards or [name for name in DEFAULT_BACKPROP_REWARDS if name in names]
+    loaded = load_rewards(
+        [*recipe.rewards, *recipe.monitor_rewards], ranks.device, getattr(torch, recipe.dtype)
+    )
     return RewardPanel(
         family,
-        load_rewards(recipe.rewards, ranks.device, getattr(torch, recipe.dtype)),
+        loaded[: len(recipe.rewards)],
         _combination(recipe),
         [name for name in chosen if REWARDS[name].differentiable],
+        monitors=loaded[len(recipe.rewards) :],
         score_chunk=recipe.rtdmd.score_batch_size or recipe.rtdmd.sample_batch_size,
         backprop_chunk=backprop.micro_batch_size,
         progress=calls.touch,

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.objectives import reward_hinge_loss
+from rtdmd.rewards.image_statistics import STATISTICS, thumbnails
 from rtdmd.rewards.protocol import Metadata, Reward
 from rtdmd.stages.combination import Combination
+from rtdmd.stages.scores import Scored
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ def _chunks(count: int, size: int) -> list[slice]:
 class RewardPanel:
     """Several rewards and their combination, behind one decoder.
 
-    ``backprop`` names the rewards whose gradient is used. Pictures are decoded and scored
-    ``score_chunk`` at a time, and back-propagated through ``backprop_chunk`` at a time; ``progress`` is
-    called after each score.
+    ``backprop`` names the rewards whose gradient is used; ``monitors`` are never trained on. Pictures are
+    decoded and scored ``score_chunk`` at a time, and back-propagated through ``backprop_chunk`` at a time;
+    ``progress`` is called after each score.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class RewardPanel:
         combination: Combination,
         backprop: Sequence[str],
         *,
+        monitors: Sequence[Reward] = (),
         score_chunk: int,
         backprop_chunk: int,
         progress: Callable[[], None],
     ) -> None:
         self._family = family
         self.rewards = list(rewards)
+        self.monitors = list(monitors)
         self.combination = combination
         self._backprop = [reward for reward in rewards if reward.name in backprop]
         self._score_chunk = score_chunk
@@ -60,17 +64,30 @@ class RewardPanel:
         self._progress = progress
 
     @torch.no_grad()
-    def score(self, latents: Tensor, captions: Captions) -> dict[str, Tensor]:
-        """Every reward's scores [B], float32, of final latents [B, C, H, W]."""
-        parts: dict[str, list[Tensor]] = {reward.name: [] for reward in self.rewards}
+    def score(self, latents: Tensor, captions: Captions, *, closely: bool) -> Scored:
+        """Every reward's scores [B], float32, of final latents [B, C, H, W].
+
+        ``closely`` adds the monitors' scores and what the pictures are like.
+        """
+        parts = []
         for part in _chunks(len(latents), self._score_chunk):
             images = self._family.decode(latents[part])
-            for reward in self.rewards:
-                chosen = captions[part]
-                scores = reward.score(images, chosen.prompts, chosen.metadata)
-                parts[reward.name].append(scores.to(latents.device, torch.float32))
-                self._progress()
-        return {name: torch.cat(values) for name, values in parts.items()}
+            rewards = self._scores(self.rewards, images, captions[part])
+            if closely:
+                monitors = self._scores(self.monitors, images, captions[part])
+                statistics = {name: measure(images) for name, measure in STATISTICS.items()}
+                parts.append(Scored(rewards, monitors, statistics, thumbnails(images)))
+            else:
+                parts.append(Scored(rewards))
+        return Scored.cat(parts)
+
+    def _scores(self, rewards: Sequence[Reward], images: Tensor, captions: Captions) -> dict[str, Tensor]:
+        scores = {}
+        for reward in rewards:
+            given = reward.score(images, captions.prompts, captions.metadata)
+            scores[reward.name] = given.to(images.device, torch.float32)
+            self._progress()
+        return scores
 
     def hinge(
         self, x0: Tensor, captions: Captions, margin: float, weights: Tensor

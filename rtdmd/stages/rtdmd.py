@@ -21,10 +21,11 @@ from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import RtdmdSection
 from rtdmd.rollout import FewSteps, Trajectory, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, Samples
+from rtdmd.stages.alarms import HackingAlarms
 from rtdmd.stages.metrics import Means, StepReport
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from rtdmd.stages.roles import Roles
-from rtdmd.stages.scores import Scores, check_usable, non_finite_notices, of_all_ranks, score_metrics
+from rtdmd.stages.scores import EpochScores, Scored
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Rtdmd:
         self._matching = matching
         self.draws = draws
         self._ranks = ranks
+        self._alarms = HackingAlarms(panel.combination.weights)
         self._sampler = GroupSampler(
             len(prompts),
             settings.images_per_prompt,
@@ -117,24 +119,23 @@ class Rtdmd:
         drawn = self.draws.subset(
             epoch, "policy_steps", len(self.few.sigmas) - 1, self.settings.num_policy_steps
         )
-        records, rewards = self._sample(epoch, drawn)
+        records, scores = self._sample(epoch, drawn)
         fake_norm = self._update_fake_score(epoch, records, means)
-        trained_on = self.panel.combination.clip(rewards)
-        self.panel.combination.observe(trained_on)
-        advantages = self._advantages(records, trained_on, means)
+        advantages = self._advantages(records, scores, means)
         generator_norm = self._update_generator(epoch, records, advantages, drawn, means)
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
-        metrics = score_metrics("reward", rewards) | means.read(self._ranks) | norms
-        notices = [*non_finite_notices(rewards), *self._hinge_notices(metrics)]
+        metrics = scores.metrics() | means.read(self._ranks) | norms
+        notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(metrics)]
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
     def state(self) -> dict[str, Any]:
         """What one epoch learns from another besides weights: JSON, equal on all ranks."""
-        return {"combination": self.panel.combination.state()}
+        return {"combination": self.panel.combination.state(), "alarms": self._alarms.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
         self.panel.combination.restore(state["combination"])
+        self._alarms.restore(state["alarms"])
 
     def _hinge_notices(self, metrics: dict[str, float]) -> list[str]:
         if metrics.get("generator/hinge_active") != 0:
@@ -146,18 +147,20 @@ class Rtdmd:
         ]
 
     @torch.no_grad()
-    def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], dict[str, Tensor]]:
-        """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures, [N] each."""
+    def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:
+        """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures."""
         plan = self._sampler.epoch(epoch)
-        records, scores = [], []
+        closely = epoch % self.settings.monitor_every == 0
+        records, parts = [], []
         for number in range(self.settings.num_sample_batches):
             indices = list(self._sampler.rank_positions(self._ranks.rank, number))
             record = self._roll_out(epoch, indices, [plan[index] for index in indices], drawn)
-            scores.append(self.panel.score(record.trajectory.final, record.captions))
+            parts.append(self.panel.score(record.trajectory.final, record.captions, closely=closely))
             records.append(record)
-        rewards = of_all_ranks(scores, self._ranks)
-        check_usable(rewards, self.panel.combination.weights)
-        return records, rewards
+        mine = [prompt for record in records for prompt in record.prompt_ids]
+        scores = EpochScores.of_all_ranks(mine, Scored.cat(parts), self._ranks)
+        scores.check_usable(self.panel.combination.weights)
+        return records, scores
 
     def _roll_out(
         self, epoch: int, indices: list[int], prompt_ids: list[int], drawn: Sequence[int]
@@ -206,16 +209,13 @@ class Rtdmd:
             means.add("fake_score", parts | {"loss": loss})
         return fake.engine.step().grad_norm
 
-    def _advantages(self, records: list[Record], rewards: Scores, means: Means) -> list[Tensor]:
+    def _advantages(self, records: list[Record], scores: EpochScores, means: Means) -> list[Tensor]:
         """This rank's advantages per record, normalised over all samples of all ranks."""
-        device = self._ranks.device
-        mine = torch.tensor([prompt for record in records for prompt in record.prompt_ids], device=device)
-        prompt_ids = self._ranks.all_gather(mine).flatten()
+        combination = self.panel.combination
+        rewards = combination.clip(scores.rewards)
+        combination.observe(rewards)
         everyone = group_advantages(
-            rewards,
-            prompt_ids,
-            self.panel.combination.weights,
-            global_std=self.settings.advantage_global_std,
+            rewards, scores.prompt_ids, combination.weights, global_std=self.settings.advantage_global_std
         )
         local = everyone.view(self._ranks.world_size, -1)[self._ranks.rank]
         means.add(

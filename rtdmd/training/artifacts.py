@@ -14,7 +14,10 @@ from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe.schema import LoraSection
 
 GENERATOR_FILE = "generator_ema.pt"
+BEST_FILE = "generator_ema.best.pt"  # of the best checkpoint, while a stage with stop_when runs
+LAST_FILE = "generator_ema.last.pt"  # of the last step, where stop_when ended the stage
 FAKE_SCORE_FILE = "fake_score.pt"
+ENDING_FILE = "ended.json"  # that and why stop_when ended the stage
 
 
 def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ranks) -> dict[str, Tensor]:
@@ -37,6 +40,13 @@ def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ra
 
     ranks.on_main_first(write)
     return state
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file beside its place, then move it there. Call on rank 0."""
+    beside = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, beside)
+    beside.replace(target)
 
 
 def save_diffusers_lora(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import count
 from pathlib import Path
@@ -15,11 +16,12 @@ from rtdmd.prompts import PromptSet
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.assemble import HandOver, build_stage
-from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
+from rtdmd.training.artifacts import ENDING_FILE, FAKE_SCORE_FILE, GENERATOR_FILE
 from rtdmd.training.checkpoint import CheckpointStore, latest_checkpoint, read_progress, replace_text
 from rtdmd.training.ema import Ema
 from rtdmd.training.loop import StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
+from rtdmd.training.stopping import StopRules
 from rtdmd.training.tracking import Tracker
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start me again
@@ -84,6 +86,7 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         recipe=recipe,
         ranks=ranks,
         run=run,
+        rules=_stop_rules(name, recipe),
     )
     torch.manual_seed(recipe.seed + ranks.rank)  # nothing of ours draws from it, reward models may
     first = stage_run.resume()
@@ -119,8 +122,20 @@ def is_complete(name: str, recipe: Recipe, run: Path) -> bool:
     if not all((folder / file).is_file() for file in (GENERATOR_FILE, FAKE_SCORE_FILE)):
         return False
     latest = latest_checkpoint(folder / "checkpoints")
+    if latest is None:
+        return False
+    progress = read_progress(latest)
+    rules = _stop_rules(name, recipe)
+    rules.restore(progress["stopping"])
+    if rules.reason is not None:  # the recipe's own rules ended it; under others it goes on
+        ending = folder / ENDING_FILE
+        return ending.is_file() and json.loads(ending.read_text(encoding="utf-8"))["step"] == progress["step"]
     total = recipe.cold_start.iterations if name == "cold_start" else recipe.rtdmd.epochs
-    return latest is not None and read_progress(latest)["step"] >= total
+    return progress["step"] >= total
+
+
+def _stop_rules(name: str, recipe: Recipe) -> StopRules:
+    return StopRules(recipe.rtdmd.stop_when if name == "rtdmd" else [])
 
 
 def check_same_training(store: CheckpointStore, recipe: Recipe) -> None:

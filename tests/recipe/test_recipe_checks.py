@@ -103,6 +103,19 @@ def test_ranges(write_recipe: Write, override: str, words: str) -> None:
         ("rewards.0.name=clipscor", "rewards.0.name = 'clipscor': unknown reward; did you mean 'clipscore'?"),
         ("rewards=[{name: clipscore},{name: clipscore}]", "also rewards.0; keep one"),
         ("rewards.0.weight=-1", "write 0 (only logged) or more"),
+        (
+            "rtdmd.stop_when=[{metric: reward/clipscor, drop: 0.1}]",
+            "rtdmd.stop_when.0.metric = 'reward/clipscor': not logged; did you mean 'reward/clipscore'?",
+        ),
+        ("rtdmd.stop_when=[{metric: monitor/pickscore, drop: 0.1}]", "not logged"),
+        ("rtdmd.stop_when=[{metric: image/diversity, drop: -1}]", "write 0 or more"),
+        ("rtdmd.stop_when=[{metric: image/diversity, drop: 0, patience: -1}]", "write 0 or more epochs"),
+        ("rtdmd.stop_when=[{metric: image/diversity, drop: 0, window: 0}]", "write at least 1"),
+        ("monitor_rewards=[{name: clipscore}]", "also rewards.0; it is logged already"),
+        ("monitor_rewards=[{name: pickscor}]", "monitor_rewards.0.name = 'pickscor': unknown reward"),
+        ("monitor_rewards=[{name: pickscore, weight: 2}]", "never trained on; leave weight and clip out"),
+        ("monitor_rewards=[{name: compressibility, weights: a/b}]", "monitor_rewards.0.weights = 'a/b'"),
+        ("rtdmd.monitor_every=0", "write at least 1"),
         ("rewards.0.clip=[1]", "rewards.0.clip = [1]: write [low, high]"),
         ("rewards.0.clip=[1,1]", "write [low, high] with low < high"),
         ("rtdmd.reward_backprop.statistics_decay=1", "write a number in [0, 1)"),
@@ -233,6 +246,9 @@ def test_prompts_that_a_reward_cannot_score(write_recipe: Write, tmp_path: Path)
     assert "rewards.1 (ocr) cannot use 3 of 4 prompts: prompt 'a dog'" in line
     check(write_recipe(), prompts)
     check(write_recipe(), prompts, rewards % "geneval", "rtdmd.prompts.limit=1")
+    assert "monitor_rewards.0 (ocr) cannot use 3 of 4" in the_fault(
+        write_recipe(), prompts, "monitor_rewards=[{name: ocr}]"
+    )
     # The cold start scores nothing, and a hub's prompts are not looked up.
     check(write_recipe(), rewards % "geneval", f"cold_start.prompts.source={source}")
     check(write_recipe(), prompts, rewards % "geneval", stages=["cold_start"])

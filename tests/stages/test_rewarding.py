@@ -126,7 +126,34 @@ def test_a_margin_below_every_reward_is_inactive(parts: tuple[Any, list[Any]]) -
 
 def test_scores_do_not_depend_on_the_chunk(parts: tuple[Any, list[Any]]) -> None:
     scored: list[int] = []
-    whole = make_panel(parts, 5).score(latents(), CAPTIONS)
-    parted = make_panel(parts, 2, scored).score(latents(), CAPTIONS)
-    torch.testing.assert_close(whole["clipscore"], parted["clipscore"], rtol=1e-5, atol=1e-7)
+    whole = make_panel(parts, 5).score(latents(), CAPTIONS, closely=False)
+    parted = make_panel(parts, 2, scored).score(latents(), CAPTIONS, closely=False)
+    torch.testing.assert_close(whole.rewards["clipscore"], parted.rewards["clipscore"], rtol=1e-5, atol=1e-7)
     assert len(scored) == 3
+    assert not whole.images and whole.thumbnails is None
+
+
+def test_a_close_look_adds_monitors_and_statistics(parts: tuple[Any, list[Any]]) -> None:
+    family, rewards = parts
+    monitors = load_rewards([RewardSection("compressibility")], torch.device("cpu"), torch.float32)
+    panel = RewardPanel(
+        family,
+        rewards,
+        Combination({"clipscore": 1.0}),
+        [],
+        monitors=monitors,
+        score_chunk=2,
+        backprop_chunk=1,
+        progress=lambda: None,
+    )
+    seen = panel.score(latents(), CAPTIONS, closely=True)
+    images = family.decode(latents())
+    expected = monitors[0].score(images, CAPTIONS.prompts, CAPTIONS.metadata)
+    assert seen.rewards.keys() == {"clipscore"} and seen.monitors.keys() == {"compressibility"}
+    torch.testing.assert_close(seen.monitors["compressibility"], expected, rtol=0.02, atol=0)
+    assert {name: values.shape for name, values in seen.images.items()} == {
+        "edge_energy": (5,),
+        "saturation": (5,),
+        "entropy": (5,),
+    }
+    assert seen.thumbnails is not None and seen.thumbnails.shape == (5, 768)

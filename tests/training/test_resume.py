@@ -13,13 +13,18 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from rtdmd.recipe import load_recipe
+from rtdmd.training.checkpoint import read_progress
+from rtdmd.training.run import is_complete
 from tests.distributed.launch import ROOT, free_port, run_ranks
 
 ITERATIONS, EPOCHS = 4, 2
@@ -42,6 +47,10 @@ def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
         "rtdmd.sample_batch_size=2",
         "rtdmd.checkpoint_every=100",
         "preview.num_images=2",
+        "rtdmd.reward_backprop.standardize=true",
+        f"monitor_rewards=[{{name: pickscore, weights: {clip}}}]",
+        "rtdmd.monitor_every=1",
+        "rtdmd.stop_when=[{metric: monitor/pickscore, drop: 100, window: 1}]",
         *extra,
     ]
 
@@ -98,17 +107,65 @@ def test_the_run_leaves_what_is_promised(straight: Path) -> None:
         assert all(tensor.numel() > 0 and tensor.dtype == torch.float32 for tensor in state.values())
 
 
-def test_stopped_and_resumed_equals_straight(
-    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
-) -> None:
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_flux2: Path, tiny_clip: Path) -> Path:
     """Stops within stage 1 between two generator updates, and within stage 2; the middle launch crosses
     the hand-over."""
-    run = tmp_path / "resumed"
+    run = tmp_path_factory.mktemp("runs") / "resumed"
     for steps in ("3", "2"):
         done = run_ranks([*arguments(run, tiny_flux2, tiny_clip), "--max-steps", steps], 2)
         assert "the same command goes on" in done[0].stdout
     run_ranks(arguments(run, tiny_flux2, tiny_clip), 2)
-    assert_same_run(straight, run)
+    return run
+
+
+def test_stopped_and_resumed_equals_straight(straight: Path, resumed: Path) -> None:
+    assert_same_run(straight, resumed)
+
+
+def test_statistics_and_rules_go_on_where_they_were(straight: Path, resumed: Path) -> None:
+    states = [read_progress(run / f"rtdmd/checkpoints/step-{EPOCHS:06d}") for run in (straight, resumed)]
+    assert states[0] == states[1]
+    assert states[0]["stage"]["combination"]["clipscore"]["total_weight"] == pytest.approx(1.9)
+    assert len(states[0]["stage"]["alarms"]["histories"]["monitor/pickscore"]) == EPOCHS
+    assert states[0]["stopping"]["best_step"] == EPOCHS  # the only one that was due
+
+
+def test_a_rule_ends_the_stage_with_the_best_generator(
+    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    """The run ends at the first epoch whose reward is below the best before it."""
+    run = tmp_path / "ended"
+    shutil.copytree(straight / "cold_start", run / "cold_start")
+    rule = "rtdmd.stop_when=[{metric: reward/compressibility, drop: 0, patience: 0, window: 1}]"
+    command = arguments(run, tiny_flux2, tiny_clip, rule, "rtdmd.epochs=30", "rtdmd.checkpoint_every=1")
+    run_ranks([*command, "--stage", "rtdmd"], 2)
+    rewards = [record["reward/compressibility"] for record in metrics(run)]
+    last, best = len(rewards), rewards.index(max(rewards)) + 1
+    assert last < 30 and all(later > earlier for earlier, later in pairwise(rewards[:-1]))
+    assert rewards[-1] < max(rewards)
+    folder = run / "rtdmd"
+    assert (folder / "checkpoints/latest").read_text() == f"step-{last:06d}"
+    assert (folder / "checkpoints/best").read_text() == f"step-{best:06d}"
+    ending = json.loads((folder / "ended.json").read_text())
+    assert (ending["step"], ending["best_step"]) == (last, best)
+
+    handed, kept, latest = (
+        torch.load(folder / f"generator_ema{suffix}.pt", weights_only=True)
+        for suffix in ("", ".best", ".last")
+    )
+    assert all(torch.equal(handed[key], kept[key]) for key in kept)
+    assert any(not torch.equal(handed[key], latest[key]) for key in latest)
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert sum(float(value.sum()) for value in lora.values()) == pytest.approx(
+        sum(float(value.sum()) for value in handed.values()), rel=1e-4
+    )
+    recipe = load_recipe("recipes/demo.yaml", command[2:])
+    assert is_complete("rtdmd", recipe, run)
+    (folder / "ended.json").unlink()
+    assert not is_complete("rtdmd", recipe, run)
+    goes_on = load_recipe("recipes/demo.yaml", [*command[2:], "rtdmd.stop_when=[]"])
+    assert not is_complete("rtdmd", goes_on, run)
 
 
 def test_files_that_are_missing_are_written_again(
