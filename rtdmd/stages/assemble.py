@@ -38,6 +38,7 @@ from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import RewardPanel
 from rtdmd.stages.roles import Roles, Student, Teacher
 from rtdmd.stages.rtdmd import Rtdmd
+from rtdmd.stages.scoring_thread import ScoringThread
 
 Stage = ColdStart | Rtdmd
 
@@ -101,6 +102,7 @@ def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
         _combination(recipe),
         [name for name in chosen if REWARDS[name].differentiable],
         monitors=loaded[len(recipe.rewards) :],
+        thread=ScoringThread(ranks.device),
         score_chunk=recipe.rtdmd.score_batch_size or recipe.rtdmd.sample_batch_size,
         backprop_chunk=backprop.micro_batch_size,
         progress=calls.touch,

@@ -65,6 +65,10 @@ class ColdStart:
             norms["generator/grad_norm"] = self._update_generator(iteration, batch, means)
         return StepReport(means.read(self._ranks) | norms, updates_generator)
 
+    def close(self) -> None:
+        """Free the engines."""
+        self.roles.close()
+
     def state(self) -> dict[str, Any]:
         """Nothing: an iteration learns from another by the weights alone."""
         return {}

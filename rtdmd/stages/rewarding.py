@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from rtdmd.rewards.image_statistics import STATISTICS, thumbnails
 from rtdmd.rewards.protocol import Metadata, Reward
 from rtdmd.stages.combination import Combination
 from rtdmd.stages.scores import Scored
+from rtdmd.stages.scoring_thread import ScoringThread
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class RewardPanel:
         backprop: Sequence[str],
         *,
         monitors: Sequence[Reward] = (),
+        thread: ScoringThread,
         score_chunk: int,
         backprop_chunk: int,
         progress: Callable[[], None],
@@ -59,13 +62,18 @@ class RewardPanel:
         self.monitors = list(monitors)
         self.combination = combination
         self._backprop = [reward for reward in rewards if reward.name in backprop]
+        self._thread = thread
         self._score_chunk = score_chunk
         self._backprop_chunk = backprop_chunk
         self._progress = progress
 
+    def start_scoring(self, latents: Tensor, captions: Captions, *, closely: bool) -> Future[Scored]:
+        """What :meth:`score` will give, computed beside the caller; keep ``latents`` until then."""
+        return self._thread.submit(lambda: self.score(latents, captions, closely=closely))
+
     @torch.no_grad()
     def score(self, latents: Tensor, captions: Captions, *, closely: bool) -> Scored:
-        """Every reward's scores [B], float32, of final latents [B, C, H, W].
+        """Every reward's scores [B], float32, on the CPU, of final latents [B, C, H, W].
 
         ``closely`` adds the monitors' scores and what the pictures are like.
         """
@@ -75,8 +83,8 @@ class RewardPanel:
             rewards = self._scores(self.rewards, images, captions[part])
             if closely:
                 monitors = self._scores(self.monitors, images, captions[part])
-                statistics = {name: measure(images) for name, measure in STATISTICS.items()}
-                parts.append(Scored(rewards, monitors, statistics, thumbnails(images)))
+                statistics = {name: measure(images).cpu() for name, measure in STATISTICS.items()}
+                parts.append(Scored(rewards, monitors, statistics, thumbnails(images).cpu()))
             else:
                 parts.append(Scored(rewards))
         return Scored.cat(parts)
@@ -85,9 +93,17 @@ class RewardPanel:
         scores = {}
         for reward in rewards:
             given = reward.score(images, captions.prompts, captions.metadata)
-            scores[reward.name] = given.to(images.device, torch.float32)
+            scores[reward.name] = given.to("cpu", torch.float32)
             self._progress()
         return scores
+
+    def close(self) -> None:
+        """End the thread and whatever processes rewards have started."""
+        self._thread.close()
+        for reward in (*self.rewards, *self.monitors):
+            close = getattr(reward, "close", None)
+            if close is not None:
+                close()
 
     def hinge(
         self, x0: Tensor, captions: Captions, margin: float, weights: Tensor

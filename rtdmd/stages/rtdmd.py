@@ -128,6 +128,11 @@ class Rtdmd:
         notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(metrics)]
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
+    def close(self) -> None:
+        """Free the engines; end what scores."""
+        self.panel.close()
+        self.roles.close()
+
     def state(self) -> dict[str, Any]:
         """What one epoch learns from another besides weights: JSON, equal on all ranks."""
         return {"combination": self.panel.combination.state(), "alarms": self._alarms.state()}
@@ -148,17 +153,23 @@ class Rtdmd:
 
     @torch.no_grad()
     def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:
-        """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures."""
+        """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures.
+
+        A batch is decoded and scored while the next one is rolled out. A scorer that fails on one rank
+        stops all of them, once all have rolled out.
+        """
         plan = self._sampler.epoch(epoch)
         closely = epoch % self.settings.monitor_every == 0
-        records, parts = [], []
+        records, jobs = [], []
         for number in range(self.settings.num_sample_batches):
             indices = list(self._sampler.rank_positions(self._ranks.rank, number))
             record = self._roll_out(epoch, indices, [plan[index] for index in indices], drawn)
-            parts.append(self.panel.score(record.trajectory.final, record.captions, closely=closely))
+            jobs.append(self.panel.start_scoring(record.trajectory.final, record.captions, closely=closely))
             records.append(record)
+        with self._ranks.together():
+            scored = Scored.cat([job.result() for job in jobs])
         mine = [prompt for record in records for prompt in record.prompt_ids]
-        scores = EpochScores.of_all_ranks(mine, Scored.cat(parts), self._ranks)
+        scores = EpochScores.of_all_ranks(mine, scored, self._ranks)
         scores.check_usable(self.panel.combination.weights)
         return records, scores
 

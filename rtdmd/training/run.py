@@ -96,7 +96,7 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
     finished = stage_run.execute(tracker, first, stop)
     # Not in a `finally`: closing waits for what is under way on the device, the others' calls included.
     tracker.close()
-    stage.roles.close()
+    stage.close()
     return finished
 
 

@@ -16,6 +16,7 @@ from rtdmd.rewards import load_rewards
 from rtdmd.rewards.clip import ClipReward
 from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import Captions, RewardPanel
+from rtdmd.stages.scoring_thread import ScoringThread
 from tests.distributed.reference import without_rounding
 
 CAPTIONS = Captions(["a cat", "a dog", "two cats", "a red cube", "rain"], [{}] * 5)
@@ -41,6 +42,7 @@ def make_panel(
         rewards,
         combination or Combination({"clipscore": 2.0}),
         ["clipscore"],
+        thread=ScoringThread(torch.device("cpu")),
         score_chunk=chunk,
         backprop_chunk=chunk,
         progress=lambda: scored.append(1) if scored is not None else None,
@@ -133,6 +135,32 @@ def test_scores_do_not_depend_on_the_chunk(parts: tuple[Any, list[Any]]) -> None
     assert not whole.images and whole.thumbnails is None
 
 
+def test_scoring_beside_the_caller_gives_the_same_numbers(parts: tuple[Any, list[Any]]) -> None:
+    panel = make_panel(parts, 2)
+    jobs = [panel.start_scoring(latents()[i:], CAPTIONS[i:], closely=True) for i in range(4)]
+    for i, job in enumerate(jobs):
+        inline = panel.score(latents()[i:], CAPTIONS[i:], closely=True)
+        assert torch.equal(job.result().rewards["clipscore"], inline.rewards["clipscore"])
+        assert torch.equal(job.result().images["entropy"], inline.images["entropy"])
+    panel.close()
+
+
+def test_jobs_run_in_their_order_without_gradient_and_fail_in_the_caller() -> None:
+    thread, order = ScoringThread(torch.device("cpu")), []
+
+    def fail() -> None:
+        raise ValueError("the scorer's own words")
+
+    first = [thread.submit(lambda i=i: order.append(i)) for i in range(20)]
+    failing = thread.submit(fail)
+    after = thread.submit(lambda: order.append(20))
+    with pytest.raises(ValueError, match="the scorer's own words"):
+        failing.result()
+    after.result()
+    assert order == list(range(21)) and all(job.done() for job in first)
+    thread.close()
+
+
 def test_a_close_look_adds_monitors_and_statistics(parts: tuple[Any, list[Any]]) -> None:
     family, rewards = parts
     monitors = load_rewards([RewardSection("compressibility")], torch.device("cpu"), torch.float32)
@@ -142,6 +170,7 @@ def test_a_close_look_adds_monitors_and_statistics(parts: tuple[Any, list[Any]])
         Combination({"clipscore": 1.0}),
         [],
         monitors=monitors,
+        thread=ScoringThread(torch.device("cpu")),
         score_chunk=2,
         backprop_chunk=1,
         progress=lambda: None,
