@@ -9,9 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 
+def to_levels(images: Tensor) -> Tensor:
+    """uint8 levels of 255 of images in [0, 1], rounded to the nearest; same shape."""
+    return (images.float().clamp(0, 1) * 255).round().byte()
+
+
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """8-bit RGB pictures of images [N, 3, H, W] in [0, 1], rounded to the nearest level."""
-    pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_levels(images).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 

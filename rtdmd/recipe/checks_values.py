@@ -54,6 +54,7 @@ _RULES: tuple[_Rule, ...] = (
         lambda value: value >= 0,
         (
             "seed",
+            "reward_workers",
             "preview.num_images",
             "cold_start.consistency_weight",
             "rtdmd.consistency_weight",

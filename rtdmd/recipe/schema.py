@@ -226,6 +226,7 @@ class Recipe:
     rtdmd: RtdmdSection
     rewards: list[RewardSection]
     monitor_rewards: list[RewardSection] = field(default_factory=list)  # scored and logged, never trained on
+    reward_workers: int = 0  # processes per rank and reward that needs the CPU alone (ocr, say); 0: none
     lora: LoraSection = field(default_factory=LoraSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     preview: PreviewSection = field(default_factory=PreviewSection)

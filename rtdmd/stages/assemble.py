@@ -93,9 +93,9 @@ def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
     backprop = recipe.rtdmd.reward_backprop
     names = [reward.name for reward in recipe.rewards]
     chosen: Sequence[str] = backprop.rewards or [name for name in DEFAULT_BACKPROP_REWARDS if name in names]
-    loaded = load_rewards(
-        [*recipe.rewards, *recipe.monitor_rewards], ranks.device, getattr(torch, recipe.dtype)
-    )
+    sections = [*recipe.rewards, *recipe.monitor_rewards]
+    dtype = getattr(torch, recipe.dtype)
+    loaded = load_rewards(sections, ranks.device, dtype, recipe.reward_workers)
     return RewardPanel(
         family,
         loaded[: len(recipe.rewards)],
