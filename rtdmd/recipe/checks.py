@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rtdmd.recipe.checks_arithmetic import FAMILY_SIGMAS, check_arithmetic
-from rtdmd.recipe.checks_files import check_engines, check_models, check_output, check_source, check_starts
+from rtdmd.recipe.checks_files import (
+    check_engines,
+    check_models,
+    check_output,
+    check_readable,
+    check_source,
+    check_starts,
+)
 from rtdmd.recipe.checks_values import (
     check_family,
     check_rewards,
@@ -93,7 +100,9 @@ def _check_rewards(report: Report, recipe: Recipe, *, runs_rtdmd: bool) -> None:
         if spec is not None and reward.mode not in spec.modes:
             advice = f"{reward.name} has no such mode; leave the key out"
             report.fault(f"{section}.mode", reward.mode, advice)
-        if reward.weights is None or spec is None or not runs_rtdmd:
+        if reward.token_file is not None and reward.url is not None and runs_rtdmd:
+            check_readable(report, f"{section}.token_file", reward.token_file)
+        if reward.weights is None or spec is None or not runs_rtdmd or reward.url is not None:
             continue
         if spec.default_weights is None:
             report.fault(key, reward.weights, f"{reward.name} has no weights; leave the key out")

@@ -199,6 +199,7 @@ def check_rewards(
             )
             report.fault(f"{key}.name", reward.name, f"also {first_keys[reward.name]}; {advice}")
         first_keys.setdefault(reward.name, key)
+        _check_remote(report, key, reward)
         if key.startswith("monitor_rewards"):
             if reward.weight != 1 or reward.clip is not None:
                 advice = "a monitor is never trained on; leave weight and clip out"
@@ -210,7 +211,23 @@ def check_rewards(
             report.fault(f"{key}.clip", reward.clip, "write [low, high] with low < high, such as [-2, 2]")
     if runs_rtdmd and not any(reward.weight > 0 for reward in recipe.rewards):
         report.fault("rewards", names, "stage rtdmd needs at least one reward with a weight above 0")
-    _check_backprop(report, recipe, names, differentiable, runs_rtdmd)
+    at_urls = {reward.name for reward in recipe.rewards if reward.url is not None}
+    here = {name: has and name not in at_urls for name, has in differentiable.items()}
+    _check_backprop(report, recipe, names, here, runs_rtdmd)
+
+
+def _check_remote(report: Report, key: str, reward: RewardSection) -> None:
+    """A url is one, and what goes with it is in range."""
+    if reward.timeout_seconds <= 0:
+        report.fault(f"{key}.timeout_seconds", reward.timeout_seconds, "write a number above 0")
+    if reward.retries < 0:
+        report.fault(f"{key}.retries", reward.retries, "write 0 or more")
+    if reward.url is None:
+        if reward.token_file is not None:
+            report.fault(f"{key}.token_file", reward.token_file, "goes with a url; leave it out")
+        return
+    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?", reward.url, re.ASCII):
+        report.fault(f"{key}.url", reward.url, "write http://HOST:PORT, such as http://127.0.0.1:8123")
 
 
 def _check_backprop(
@@ -227,7 +244,13 @@ def _check_backprop(
         elif name in (section.rewards or [])[:index]:
             report.fault(f"{key}.{index}", name, "named twice; keep one")
         elif differentiable.get(name) is False:
-            report.fault(f"{key}.{index}", name, f"this reward has no gradient to the image; {advice}")
+            at_url = any(reward.name == name and reward.url is not None for reward in recipe.rewards)
+            why = (
+                "a reward at a url gives no gradient"
+                if at_url
+                else "this reward has no gradient to the image"
+            )
+            report.fault(f"{key}.{index}", name, f"{why}; {advice}")
     if not runs_rtdmd or section.weight <= 0:
         return
     if section.rewards == [] or (

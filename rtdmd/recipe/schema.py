@@ -197,6 +197,10 @@ class RewardSection:
     revision: str | None = None
     mode: RewardMode = "default"  # official: with the quirks of the published code, where it has some
     clip: list[float] | None = None  # [low, high]: training takes a score beyond a bound for the bound
+    url: str | None = None  # of an `rtdmd serve-rewards` that scores; null: this process does
+    timeout_seconds: float = 60.0  # of a request to the url
+    retries: int = 3  # of a request that got no answer
+    token_file: str | None = None  # holds what the url's server asks for
 
 
 @dataclass(frozen=True)

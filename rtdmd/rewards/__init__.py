@@ -155,11 +155,12 @@ def load_rewards(
 ) -> list[Reward]:
     """Load the reward models that the recipe names, in its order, frozen, on ``device`` in ``dtype``.
 
-    Those that need the CPU alone run in ``workers`` processes each, or here if that is 0.
+    Those with a url are asked there. Those that need the CPU alone run in ``workers`` processes each, or
+    here if that is 0.
 
     Raises:
         UserError: names are unknown (all are named, before anything is loaded), a scorer without weights is
-            given some, or weights cannot be loaded.
+            given some, weights cannot be loaded, or nothing answers at a url.
     """
     faults = []
     for section in sections:
@@ -178,6 +179,10 @@ def load_rewards(
 
 
 def _load_reward(section: RewardSection, device: torch.device, dtype: torch.dtype, workers: int) -> Reward:
+    if section.url is not None:
+        from rtdmd.rewards.remote import RemoteReward
+
+        return RemoteReward(section)
     if workers and REWARDS[section.name].needs_cpu_alone:
         from rtdmd.rewards.serving.pool import PooledReward
 

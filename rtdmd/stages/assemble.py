@@ -30,7 +30,7 @@ from rtdmd.recipe.schema import (
     TeacherSection,
     TrainedSection,
 )
-from rtdmd.rewards import REWARDS, load_rewards
+from rtdmd.rewards import load_rewards
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
 from rtdmd.stages.cold_start import ColdStart
@@ -100,7 +100,7 @@ def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
         family,
         loaded[: len(recipe.rewards)],
         _combination(recipe),
-        [name for name in chosen if REWARDS[name].differentiable],
+        [reward.name for reward in loaded if reward.name in chosen and reward.differentiable],
         monitors=loaded[len(recipe.rewards) :],
         thread=ScoringThread(ranks.device),
         score_chunk=recipe.rtdmd.score_batch_size or recipe.rtdmd.sample_batch_size,

@@ -116,6 +116,14 @@ def test_ranges(write_recipe: Write, override: str, words: str) -> None:
         ("monitor_rewards=[{name: pickscore, weight: 2}]", "never trained on; leave weight and clip out"),
         ("monitor_rewards=[{name: compressibility, weights: a/b}]", "monitor_rewards.0.weights = 'a/b'"),
         ("rtdmd.monitor_every=0", "write at least 1"),
+        ("rewards.0.url=127.0.0.1:8123", "write http://HOST:PORT"),
+        ("rewards.0.url=http://user:word@host:1", "write http://HOST:PORT"),
+        ("rewards=[{name: clipscore, url: 'http://h:1', retries: -1}]", "write 0 or more"),
+        ("rewards=[{name: clipscore, url: 'http://h:1', timeout_seconds: 0}]", "write a number above 0"),
+        ("rewards=[{name: clipscore, url: 'http://h:1', token_file: /nowhere}]", "cannot be read"),
+        ("rewards.0.token_file=/nowhere", "goes with a url; leave it out"),
+        ("rewards.0.url=http://127.0.0.1:8123", "no reward of the recipe has a gradient"),
+        ("reward_workers=-1", "write 0 or more"),
         ("rewards.0.clip=[1]", "rewards.0.clip = [1]: write [low, high]"),
         ("rewards.0.clip=[1,1]", "write [low, high] with low < high"),
         ("rtdmd.reward_backprop.statistics_decay=1", "write a number in [0, 1)"),
@@ -140,6 +148,10 @@ def test_a_reward_without_gradient_cannot_be_back_propagated(write_recipe: Write
     line = the_fault(write_recipe(), rewards, "rtdmd.reward_backprop.rewards=[compressibility]")
     assert "rtdmd.reward_backprop.rewards.0 = 'compressibility': this reward has no gradient" in line
     check(write_recipe(), "rewards=[{name: compressibility}]", "rtdmd.reward_backprop.weight=0")
+    remote = "rewards=[{name: clipscore},{name: pickscore, url: 'http://127.0.0.1:8123', weights: a/b}]"
+    line = the_fault(write_recipe(), remote, "rtdmd.reward_backprop.rewards=[pickscore]")
+    assert "a reward at a url gives no gradient; choose from ['clipscore']" in line
+    check(write_recipe(), remote)
 
 
 @pytest.mark.parametrize(
