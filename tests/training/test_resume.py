@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -138,7 +140,8 @@ def test_a_rule_ends_the_stage_with_the_best_generator(
     run = tmp_path / "ended"
     shutil.copytree(straight / "cold_start", run / "cold_start")
     rule = "rtdmd.stop_when=[{metric: reward/compressibility, drop: 0, patience: 0, window: 1}]"
-    command = arguments(run, tiny_flux2, tiny_clip, rule, "rtdmd.epochs=30", "rtdmd.checkpoint_every=1")
+    more = ("rtdmd.epochs=30", "rtdmd.checkpoint_every=1", "reward_workers=1")
+    command = arguments(run, tiny_flux2, tiny_clip, rule, *more)
     run_ranks([*command, "--stage", "rtdmd"], 2)
     rewards = [record["reward/compressibility"] for record in metrics(run)]
     last, best = len(rewards), rewards.index(max(rewards)) + 1
@@ -238,10 +241,9 @@ def test_resuming_on_another_number_of_ranks_and_another_zero_stage(
             torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_sigterm_saves_and_says_that_it_was_interrupted(
-    tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
-) -> None:
-    run = tmp_path / "terminated"
+@contextmanager
+def one_rank(command: list[str], output: Path) -> Iterator[subprocess.Popen[str]]:
+    """The training script as the only rank; what it prints goes to a file."""
     environment = os.environ | {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -250,19 +252,65 @@ def test_sigterm_saves_and_says_that_it_was_interrupted(
         "MASTER_PORT": str(free_port()),
         "DS_ACCELERATOR": "cpu",
     }
-    command = [
-        sys.executable,
-        *arguments(run, tiny_flux2, tiny_clip, "cold_start.iterations=10000", "rtdmd.sample_batch_size=4"),
-    ]
-    with open(tmp_path / "output", "w+") as output:
+    with open(output, "w+") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.2)
+        yield process
+        process.kill()  # does nothing to one that has ended
+
+
+def wait_for_a_step(run: Path, process: subprocess.Popen[str], output: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.2)
+
+
+def test_sigterm_saves_and_says_that_it_was_interrupted(
+    tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    run, output = tmp_path / "terminated", tmp_path / "output"
+    endless = ("cold_start.iterations=10000", "rtdmd.sample_batch_size=4")
+    with one_rank(arguments(run, tiny_flux2, tiny_clip, *endless), output) as process:
+        wait_for_a_step(run, process, output)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 75, (tmp_path / "output").read_text()
+        assert process.wait(120) == 75, output.read_text()
     steps = len(metrics(run))
     assert (run / "cold_start/checkpoints/latest").read_text() == f"step-{steps:06d}"
+
+
+def test_a_reward_server_that_is_killed_stops_the_run(
+    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    run, output = tmp_path / "remote", tmp_path / "output"
+    shutil.copytree(straight / "cold_start", run / "cold_start")
+    serve = [sys.executable, "-m", "rtdmd.cli", "serve-rewards", "--reward", "compressibility", "--port", "0"]
+    with subprocess.Popen(serve, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        words = server.stdout.readline().split()
+        assert words[:3] == ["serving", "compressibility", "at"]
+        local = f"{{name: clipscore, weights: {tiny_clip}}}"
+        remote = f"{{name: compressibility, url: '{words[3]}', retries: 1}}"
+        endless = (
+            f"rewards=[{local},{remote}]",
+            "rtdmd.epochs=10000",
+            "rtdmd.sample_every=10000",
+            "rtdmd.checkpoint_every=10000",
+            "rtdmd.sample_batch_size=4",
+            "cold_start.batch_size=4",
+        )
+        command = [*arguments(run, tiny_flux2, tiny_clip, *endless), "--stage", "rtdmd"]
+        with one_rank(command, output) as process:
+            wait_for_a_step(run, process, output)
+            server.kill()
+            assert process.wait(120) == 3, output.read_text()
+    said = output.read_text()
+    assert f"reward 'compressibility' at {words[3]}: no answer after 2 tries" in said
+    assert "rtdmd serve-rewards --reward compressibility" in said and "Traceback" not in said
+    assert all(record["nonfinite/compressibility"] == 0 for record in metrics(run))
