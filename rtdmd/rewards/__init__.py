@@ -143,6 +143,7 @@ _SPECS = (
         default_weights=None,
         licence="no weights",
         modes=("default", "official"),
+        needs_cpu_alone=True,
         check_prompt=_check_shapes_prompt,
     ),
 )
