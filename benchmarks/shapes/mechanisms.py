@@ -106,7 +106,7 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
         assert isinstance(stage, Rtdmd)
         gradients = torch.stack([_policy_gradient(stage, epoch) for epoch in range(epochs)])
         found |= {f"{label}/{key}": value for key, value in noise_to_signal(gradients).items()}
-        stage.roles.close()
+        stage.close()
     return found
 
 
@@ -123,8 +123,8 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     means = Means()
     count = len(stage.few.sigmas) - 1
     drawn = stage.draws.subset(epoch, "policy_steps", count, stage.settings.num_policy_steps)
-    records = stage._sample(epoch, drawn, means)
-    micro_batches = stage._weigh(records, stage._advantages(records, means))
+    records, scores = stage._sample(epoch, drawn)
+    micro_batches = stage._weigh(records, stage._advantages(records, scores, means))
     engine = stage.roles.generator.engine
     parameters = [p for p in engine._engine.module.parameters() if p.requires_grad]
     total = [torch.zeros_like(parameter) for parameter in parameters]
