@@ -199,7 +199,7 @@ def check_rewards(
             )
             report.fault(f"{key}.name", reward.name, f"also {first_keys[reward.name]}; {advice}")
         first_keys.setdefault(reward.name, key)
-        _check_remote(report, key, reward)
+        _check_remote(report, key, reward, recipe.timeout_seconds)
         if key.startswith("monitor_rewards"):
             if reward.weight != 1 or reward.clip is not None:
                 advice = "a monitor is never trained on; leave weight and clip out"
@@ -216,7 +216,7 @@ def check_rewards(
     _check_backprop(report, recipe, names, here, runs_rtdmd)
 
 
-def _check_remote(report: Report, key: str, reward: RewardSection) -> None:
+def _check_remote(report: Report, key: str, reward: RewardSection, patience: float) -> None:
     """A url is one, and what goes with it is in range."""
     if reward.timeout_seconds <= 0:
         report.fault(f"{key}.timeout_seconds", reward.timeout_seconds, "write a number above 0")
@@ -226,6 +226,14 @@ def _check_remote(report: Report, key: str, reward: RewardSection) -> None:
         if reward.token_file is not None:
             report.fault(f"{key}.token_file", reward.token_file, "goes with a url; leave it out")
         return
+    longest = reward.timeout_seconds * (reward.retries + 1)
+    if longest >= patience:
+        report.fault(
+            f"{key}.timeout_seconds",
+            reward.timeout_seconds,
+            f"with {reward.retries} retries a request may take {longest:g} s, and the run is taken for stuck "
+            f"after timeout_seconds = {patience:g}; lower the one or raise the other",
+        )
     if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?", reward.url, re.ASCII):
         report.fault(f"{key}.url", reward.url, "write http://HOST:PORT, such as http://127.0.0.1:8123")
 

@@ -13,7 +13,8 @@ Metadata = Mapping[str, Any]
 class Reward(Protocol):
     """Scores pictures for their prompts; higher is better.
 
-    ``differentiable`` promises that the score has a gradient to the images.
+    ``differentiable`` promises that the score has a gradient to the images. One that has started processes
+    also has ``close()``, which ends them.
     """
 
     name: str

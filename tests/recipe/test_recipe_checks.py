@@ -121,6 +121,10 @@ def test_ranges(write_recipe: Write, override: str, words: str) -> None:
         ("rewards=[{name: clipscore, url: 'http://h:1', retries: -1}]", "write 0 or more"),
         ("rewards=[{name: clipscore, url: 'http://h:1', timeout_seconds: 0}]", "write a number above 0"),
         ("rewards=[{name: clipscore, url: 'http://h:1', token_file: /nowhere}]", "cannot be read"),
+        (
+            "rewards=[{name: clipscore, url: 'http://h:1', timeout_seconds: 600, retries: 2}]",
+            "a request may take 1800 s, and the run is taken for stuck after timeout_seconds = 1800",
+        ),
         ("rewards.0.token_file=/nowhere", "goes with a url; leave it out"),
         ("rewards.0.url=http://127.0.0.1:8123", "no reward of the recipe has a gradient"),
         ("reward_workers=-1", "write 0 or more"),

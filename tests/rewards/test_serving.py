@@ -121,6 +121,7 @@ def header(**changes: Any) -> bytes:
 MALFORMED = {
     "nothing": (b"", "shorter than its header says"),
     "a length beyond the end": (b"\xff\xff\xff\xff{}", "shorter than its header says"),
+    "a long header": ((17_000_000).to_bytes(4, "big") + bytes(17_000_000), "the header is longer than"),
     "no JSON": (b"\0\0\0\2}{", "no JSON"),
     "deep JSON": ((100_000).to_bytes(4, "big") + b"[" * 100_000, "no JSON"),
     "no object": (b"\0\0\0\2[]", "no JSON object"),

@@ -26,6 +26,7 @@ PixelType = Literal["uint8", "float32"]
 _BYTES = {"uint8": 1, "float32": 4}
 _LENGTH_BYTES = 4
 _MAX_SIDE = 16_384
+_MAX_HEADER_BYTES = 16_000_000  # parsed, it takes many times that
 
 
 class MalformedRequest(ValueError):
@@ -88,6 +89,8 @@ def _header(body: bytes) -> tuple[Any, int]:
     start = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "big")
     if len(body) < _LENGTH_BYTES or start > len(body):
         raise MalformedRequest("shorter than its header says")
+    if start > _MAX_HEADER_BYTES:
+        raise MalformedRequest(f"the header is longer than {_MAX_HEADER_BYTES} bytes")
     try:
         header = json.loads(body[_LENGTH_BYTES:start])
     except (ValueError, RecursionError) as error:
