@@ -145,6 +145,36 @@ def test_scoring_beside_the_caller_gives_the_same_numbers(parts: tuple[Any, list
     panel.close()
 
 
+@pytest.mark.gpu
+def test_scoring_waits_for_the_callers_stream(tiny_flux2: Path, tiny_clip: Path) -> None:
+    """The latents are still being computed on the caller's stream when the job is handed over."""
+    device = torch.device("cuda", 0)
+    family = get_family("flux2").load(str(tiny_flux2), device=device, dtype=torch.float32)
+    rewards = load_rewards([RewardSection("clipscore", weights=str(tiny_clip))], device, torch.float32)
+    panel = RewardPanel(
+        family,
+        rewards,
+        Combination({"clipscore": 1.0}),
+        ["clipscore"],
+        thread=ScoringThread(device),
+        score_chunk=2,
+        backprop_chunk=1,
+        progress=lambda: None,
+    )
+    jobs, kept = [], []
+    busy = torch.randn(4096, 4096, device=device)
+    for i in range(4):
+        for _ in range(50):
+            busy = torch.tanh(busy @ busy)
+        kept.append(latents().to(device) * (1 + i) + 0 * busy[0, 0])
+        jobs.append(panel.start_scoring(kept[-1], CAPTIONS, closely=True))
+    for latent, job in zip(kept, jobs, strict=True):
+        inline, beside = panel.score(latent, CAPTIONS, closely=True), job.result()
+        torch.testing.assert_close(beside.rewards["clipscore"], inline.rewards["clipscore"])
+        torch.testing.assert_close(beside.images["entropy"], inline.images["entropy"])
+    panel.close()
+
+
 def test_jobs_run_in_their_order_without_gradient_and_fail_in_the_caller() -> None:
     thread, order = ScoringThread(torch.device("cpu")), []
 
