@@ -12,6 +12,7 @@ from rtdmd.recipe.report import Report, value_at
 from rtdmd.recipe.schema import DEFAULT_BACKPROP_REWARDS, Recipe, RewardSection
 
 STAGES = ("cold_start", "rtdmd")
+IMAGE_METRICS = ("edge_energy", "saturation", "entropy", "diversity")  # below image/
 _OPTIMIZERS = tuple(f"{stage}.{role}" for stage in STAGES for role in ("generator", "fake_score"))
 
 # (what to write, whether a value is fine, keys). Null is fine wherever the schema allows it.
@@ -151,9 +152,6 @@ def check_family(report: Report, recipe: Recipe, known: Collection[str]) -> None
         report.fault("model.family", name, f"unknown model family{nearest_hint(name, sorted(known))}")
 
 
-IMAGE_METRICS = ("edge_energy", "saturation", "entropy", "diversity")
-
-
 def check_stop_rules(report: Report, recipe: Recipe) -> None:
     """Rules name metrics that are logged, and can end a stage."""
     known = [f"reward/{reward.name}" for reward in recipe.rewards]
@@ -190,17 +188,16 @@ def check_rewards(
     names = [reward.name for reward in recipe.rewards]
     first_keys: dict[str, str] = {}
     for key, reward in reward_sections(recipe).items():
+        is_monitor = key.startswith("monitor_rewards")
         if reward.name not in differentiable:
             hint = nearest_hint(reward.name, sorted(differentiable))
             report.fault(f"{key}.name", reward.name, f"unknown reward{hint}")
         elif reward.name in first_keys:
-            advice = (
-                "keep one and give it the weight" if key.startswith("rewards") else "it is logged already"
-            )
+            advice = "it is logged already" if is_monitor else "keep one and give it the weight"
             report.fault(f"{key}.name", reward.name, f"also {first_keys[reward.name]}; {advice}")
         first_keys.setdefault(reward.name, key)
         _check_remote(report, key, reward, recipe.timeout_seconds)
-        if key.startswith("monitor_rewards"):
+        if is_monitor:
             if reward.weight != 1 or reward.clip is not None:
                 advice = "a monitor is never trained on; leave weight and clip out"
                 report.fault(key, reward.name, advice)
@@ -254,9 +251,7 @@ def _check_backprop(
         elif differentiable.get(name) is False:
             at_url = any(reward.name == name and reward.url is not None for reward in recipe.rewards)
             why = (
-                "a reward at a url gives no gradient"
-                if at_url
-                else "this reward has no gradient to the image"
+                "a reward at a url has no gradient" if at_url else "this reward has no gradient to the image"
             )
             report.fault(f"{key}.{index}", name, f"{why}; {advice}")
     if not runs_rtdmd or section.weight <= 0:

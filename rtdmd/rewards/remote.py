@@ -78,10 +78,8 @@ class RemoteReward:
         Raises TrainingHalted if the server refuses, fails or is gone; ValueError for unfit images.
         """
         check_batch(images, prompts, metadata)
-        per_picture = images[0].numel()
-        size = max(
-            1, min(self._max_batch, self._max_bytes * 9 // 10 // per_picture)
-        )  # the rest for the header
+        room = self._max_bytes * 9 // 10  # the rest is for the header
+        size = max(1, min(self._max_batch, room // images[0].numel()))
         scores = []
         for start in range(0, len(images), size):
             part = slice(start, start + size)

@@ -6,7 +6,7 @@ Reward-Tilted Distribution Matching Distillation, arXiv 2605.26108.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.flow import cps_log_prob, cps_transition, predict_x0
-from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+from rtdmd.models.protocol import ModelFamily
 from rtdmd.objectives import group_advantages, policy_loss, weighted_mean
 from rtdmd.prompts import GroupSampler, PromptSet
 from rtdmd.randomness import Draws
@@ -23,57 +23,10 @@ from rtdmd.rollout import FewSteps, Trajectory, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, Samples
 from rtdmd.stages.alarms import HackingAlarms
 from rtdmd.stages.metrics import Means, StepReport
+from rtdmd.stages.records import Record, Weighted
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from rtdmd.stages.roles import Roles
 from rtdmd.stages.scores import EpochScores, Scored
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a rollout leaves behind for training, of B samples."""
-
-    indices: list[int]  # global sample indices of the epoch
-    prompt_ids: list[int]
-    captions: Captions
-    text: TextEmbeddings  # of the distinct prompts
-    text_rows: list[int]  # each sample's row in `text`
-    trajectory: Trajectory
-    log_probs: dict[int, Tensor]  # rollout log-probability of each drawn step, [B]
-
-    def __getitem__(self, part: slice) -> Record:
-        moving = self.trajectory
-        return Record(
-            self.indices[part],
-            self.prompt_ids[part],
-            self.captions[part],
-            self.text,
-            self.text_rows[part],
-            Trajectory(moving.sigmas, [x[part] for x in moving.states], [v[part] for v in moving.velocities]),
-            {step: value[part] for step, value in self.log_probs.items()},
-        )
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def split(self, size: int) -> list[Record]:
-        return [self[slice(start, start + size)] for start in range(0, len(self), size)]
-
-    @property
-    def sample_text(self) -> TextEmbeddings:
-        return self.text[self.text_rows]
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A micro-batch of the generator update with advantages and weights [B].
-
-    ``share`` turns this rank's weighted mean into its part of the mean over all ranks.
-    """
-
-    record: Record
-    advantages: Tensor
-    weights: Tensor
-    share: Tensor
 
 
 class Rtdmd:

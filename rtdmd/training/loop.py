@@ -11,6 +11,7 @@ from typing import Any
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import MASTER
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.assemble import Stage
 from rtdmd.training.artifacts import (
@@ -134,7 +135,11 @@ class StageRun:
         self.write_state_dicts()
         if self.rules.best_step is not None:
             best = self.store.at(self.rules.best_step)
-            assert best is not None
+            if best is None:
+                raise UserError(
+                    f"{self.folder}: the best checkpoint, of step {self.rules.best_step}, isn't there any "
+                    "more; the same command hands over the last one instead"
+                )
             self._copy_generator(LAST_FILE)
             self.store.load(best, {"generator": {"ema": self.ema.pieces}})
             self._write_generator()

@@ -154,7 +154,7 @@ def test_a_reward_without_gradient_cannot_be_back_propagated(write_recipe: Write
     check(write_recipe(), "rewards=[{name: compressibility}]", "rtdmd.reward_backprop.weight=0")
     remote = "rewards=[{name: clipscore},{name: pickscore, url: 'http://127.0.0.1:8123', weights: a/b}]"
     line = the_fault(write_recipe(), remote, "rtdmd.reward_backprop.rewards=[pickscore]")
-    assert "a reward at a url gives no gradient; choose from ['clipscore']" in line
+    assert "a reward at a url has no gradient; choose from ['clipscore']" in line
     check(write_recipe(), remote)
 
 
