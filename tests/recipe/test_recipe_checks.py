@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rtdmd.errors import UserError
 from rtdmd.recipe import check_recipe, load_recipe
@@ -94,6 +95,16 @@ def test_ranges(write_recipe: Write, override: str, words: str) -> None:
     line = the_fault(write_recipe(), override)
     assert words in line
     assert line.startswith(override.partition("=")[0])
+
+
+def test_the_documented_example_is_sound(write_recipe: Write) -> None:
+    text = Path("docs/rewards_in_training.md").read_text(encoding="utf-8")
+    example = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    overrides = [
+        f"{key}={json.dumps(example[key])}" for key in ("rewards", "monitor_rewards", "reward_workers")
+    ]
+    overrides += [f"rtdmd.{key}={json.dumps(value)}" for key, value in example["rtdmd"].items()]
+    check(write_recipe(), *overrides)
 
 
 @pytest.mark.parametrize(
