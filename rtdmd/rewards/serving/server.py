@@ -41,7 +41,7 @@ class ServingLimits:
 
     max_batch: int = 64
     max_bytes: int = 256 * _MEGABYTE
-    max_waiting: int = 32
+    max_waiting: int = 128
 
 
 class Refusal(Exception):
