@@ -36,7 +36,9 @@ from rtdmd.models.lora import attach_adapter
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.rewards.protocol import Metadata, Reward
 from rtdmd.rewards.sources import first_line
+from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import Captions, RewardPanel
+from rtdmd.stages.scoring_thread import ScoringThread
 
 GIB = 2**30
 PROMPT = "two red circles on a green square"
@@ -129,6 +131,7 @@ class Step:
         self.transformer = transformer
         self.chunk = chunk
         self.device = device
+        self.thread = ScoringThread(device)
         generator = torch.Generator(device).manual_seed(0)
         shape = (batch, *family.latent_shape(size, size))
         self.latents = torch.randn(shape, generator=generator, device=device)
@@ -144,8 +147,9 @@ class Step:
         panel = RewardPanel(
             self.family,
             rewards,
-            dict.fromkeys(names, 1.0),
+            Combination(dict.fromkeys(names, 1.0)),
             names,
+            thread=self.thread,
             score_chunk=self.chunk,
             backprop_chunk=self.chunk,
             progress=lambda: None,

@@ -24,7 +24,7 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Exit codes: 0 fine, 2 a mistake of the user's, 3 training stopped itself."""
-    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<15}{command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="rtdmd",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -327,6 +327,66 @@ def _list_rewards(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="RECIPE|key=value",
+        help="a recipe whose rewards to serve, and overrides",
+    )
+    parser.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of the recipe's rewards, by default those with a url, or all; without a recipe, what to serve",
+    )
+    parser.add_argument("--weights", metavar="PATH", help="folder, file or hub id, for one reward")
+    parser.add_argument("--port", type=int, default=8123, metavar="N", help="default: 8123")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    parser.add_argument("--token-file", metavar="FILE", help="let only clients in that have this token")
+    parser.add_argument(
+        "--max-batch", type=int, default=64, metavar="N", help="pictures a request; default: 64"
+    )
+    parser.add_argument("--max-megabytes", type=int, default=256, metavar="N", help="a request; default: 256")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: the recipe's; without one bfloat16, float32 on a cpu",
+    )
+
+
+def _serve_rewards(arguments: argparse.Namespace) -> int:
+    """Score what clients send until SIGINT or SIGTERM."""
+    from rtdmd.recipe import load_recipe
+
+    recipes = [argument for argument in arguments.arguments if "=" not in argument]
+    overrides = [argument for argument in arguments.arguments if "=" in argument]
+    if len(recipes) > 1 or (overrides and not recipes):
+        raise UserError("rtdmd serve-rewards: name one recipe, or none and --reward NAME")
+    recipe = load_recipe(recipes[0], overrides) if recipes else None
+
+    import torch
+
+    from rtdmd.rewards.serving.command import ServeOptions, choose_sections, serve
+    from rtdmd.rewards.serving.server import ServingLimits
+    from rtdmd.sample import pick_device
+
+    sections = [*recipe.rewards, *recipe.monitor_rewards] if recipe else []
+    device = pick_device(arguments.device)
+    fitting = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = arguments.dtype or (recipe.dtype if recipe else fitting)
+    limits = ServingLimits(arguments.max_batch, arguments.max_megabytes * 1_000_000)
+    serve(
+        choose_sections(sections, arguments.reward, arguments.weights),
+        device,
+        getattr(torch, dtype),
+        ServeOptions(arguments.host, arguments.port, arguments.token_file, limits),
+    )
+    return 0
+
+
 COMMANDS = {
     "validate": Command("check recipes before anything loads", _add_validate_arguments, _validate),
     "sample": Command("paint prompts with the generator or the teacher", _add_sample_arguments, _sample),
@@ -337,6 +397,7 @@ COMMANDS = {
         lambda parser: None,
         _list_rewards,
     ),
+    "serve-rewards": Command("score pictures for training elsewhere", _add_serve_arguments, _serve_rewards),
 }
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
   python -m benchmarks.shapes.mechanisms tracking RUN [--to FILE]
   python -m benchmarks.shapes.mechanisms variance RUN [--to FILE]
 
-RUN is the folder of a cold start that benchmarks/shapes/study.py trained. ``tracking``: how far the fake score is from
-one trained to convergence on the frozen generator. ``variance``: signal and noise of the policy gradient at the cold
-start's generator, at equal numbers of samples, with every number of drawn steps and with or without shared noise.
+RUN is the folder of a cold start that benchmarks/shapes/study.py trained. ``tracking``: how far the fake
+score is from one trained to convergence on the frozen generator. ``variance``: signal and noise of the policy
+gradient at the cold start's generator, at equal numbers of samples, by the number of drawn steps and with or
+without shared noise.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def resume_cold_start(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog) -
 def tracking(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, iterations: int) -> dict[str, float]:
     """‖v − v*‖²/‖v*‖² of the fake score's velocity v against the converged v*, on the generator's samples.
 
-    v* is the fake score after ``iterations`` more updates, at a learning rate that falls to zero, while the generator
-    stands still, without the regulariser.
+    v* is the fake score after ``iterations`` more updates, at a learning rate that falls to zero, while the
+    generator stands still, without the regulariser.
     """
     recipe = replace(
         recipe, cold_start=replace(recipe.cold_start, consistency_weight=0.0, generator_every=10**9)
@@ -90,7 +91,7 @@ def _probe(stage: ColdStart, iteration: int) -> Tensor:
 
 
 def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: int) -> dict[str, float]:
-    """tr Cov(g)/‖E g‖² of one epoch's policy gradient g over ``epochs`` epochs of equal size; smaller is better."""
+    """tr Cov(g)/‖E g‖² of an epoch's policy gradient g, over ``epochs`` of equal size; smaller is better."""
     cold = run / "cold_start"
     hand_over = HandOver(cold / "generator_ema.pt", cold / "fake_score.pt")
     found = {}
@@ -106,7 +107,7 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
         assert isinstance(stage, Rtdmd)
         gradients = torch.stack([_policy_gradient(stage, epoch) for epoch in range(epochs)])
         found |= {f"{label}/{key}": value for key, value in noise_to_signal(gradients).items()}
-        stage.roles.close()
+        stage.close()
     return found
 
 
@@ -123,8 +124,8 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     means = Means()
     count = len(stage.few.sigmas) - 1
     drawn = stage.draws.subset(epoch, "policy_steps", count, stage.settings.num_policy_steps)
-    records = stage._sample(epoch, drawn, means)
-    micro_batches = stage._weigh(records, stage._advantages(records, means))
+    records, scores = stage._sample(epoch, drawn)
+    micro_batches = stage._weigh(records, stage._advantages(records, scores, means))
     engine = stage.roles.generator.engine
     parameters = [p for p in engine._engine.module.parameters() if p.requires_grad]
     total = [torch.zeros_like(parameter) for parameter in parameters]

@@ -43,7 +43,7 @@ def paint_many(
     seed: int,
     chunk: int = 256,
 ) -> Tensor:
-    """Pictures [N, 3, 64, 64] in [0, 1], float32, decoded in batches; noise is a function of (seed, number)."""
+    """Pictures [N, 3, 64, 64] in [0, 1], float32; noise is a function of (seed, number of the prompt)."""
     device = next(network.parameters()).device
     draws = Draws(seed, "outcomes")
     few = FewSteps(sampler.sigmas, sampler.eta, family.latent_shape(SIZE, SIZE))

@@ -123,8 +123,8 @@ def train_teacher(
 ) -> tuple[Teacher, int]:
     """Flow matching on normalised ``latents`` [N, 16, 8, 8] with ``tokens`` [N, L]; sigmoid(N(0.3, 1)) noise.
 
-    A tenth of the captions are replaced by ``empty`` [L], for guidance. Returns the averaged model and the number of
-    steps taken.
+    A tenth of the captions are replaced by ``empty`` [L], for guidance. Returns the averaged model and the
+    number of steps taken.
     """
     device = latents.device
     torch.manual_seed(settings.seed)

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rtdmd.errors import UserError
+from rtdmd.errors import TrainingHalted, UserError
 
 Result = TypeVar("Result")
+
+_TOLD_BY_NAME: dict[str, type[Exception]] = {kind.__name__: kind for kind in (UserError, TrainingHalted)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """If the block fails on one rank, it fails on all of them. The block must not be collective.
 
-        The ranks that didn't fail raise UserError if the failing one did, else RuntimeError.
+        The ranks that didn't fail raise UserError or TrainingHalted if the failing one did, else
+        RuntimeError.
         """
         failure: Exception | None = None
         try:
@@ -53,13 +56,13 @@ class Ranks:
         except Exception as error:
             failure = error
         # As text: not every exception survives pickling.
-        mine = None if failure is None else (isinstance(failure, UserError), f"rank {self.rank}: {failure}")
+        mine = None if failure is None else (type(failure).__name__, f"rank {self.rank}: {failure}")
         found = [each for each in self.gather_objects(mine) if each is not None]
         if failure is not None:
             raise failure
         if found:
-            is_users, text = found[0]
-            raise UserError(text) if is_users else RuntimeError(text)
+            name, text = found[0]
+            raise _TOLD_BY_NAME.get(name, RuntimeError)(text)
 
     def all_gather(self, value: Tensor) -> Tensor:
         """[n, …] on each rank → [world_size, n, …], equal shapes on all ranks."""

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rtdmd.objectives.reduction import weighted_mean
-
-_STD_FLOOR = 1e-4  # added to every standard deviation that divides
+from rtdmd.objectives.reduction import STD_FLOOR, weighted_mean
 
 
 def group_advantages(
@@ -27,15 +25,15 @@ def group_advantages(
     The sum's mean is 0 by construction and isn't subtracted again, so that a group of equal rewards
     gets exactly 0.
 
+    A sample with a non-finite reward is left out of its group, of every mean and of every standard
+    deviation, and gets exactly 0. Rewards of weight 0 don't count, whatever they hold.
+
     Shapes: each reward [N], ``prompt_ids`` [N] integers; all samples of all ranks. Computed in
-    float64, returned as float32 [N]. Raises ValueError for shapes that differ, rewards without a
-    weight, and non-finite rewards.
+    float64, returned as float32 [N]. Raises ValueError for shapes that differ and rewards without a
+    weight.
     """
     if not rewards:
         raise ValueError("group_advantages needs at least one reward")
-    _, group = torch.unique(prompt_ids, return_inverse=True)
-    sizes = torch.bincount(group).double()
-    total = torch.zeros(prompt_ids.shape, dtype=torch.float64, device=prompt_ids.device)
     for name, values in rewards.items():
         if values.shape != prompt_ids.shape:
             raise ValueError(
@@ -43,8 +41,33 @@ def group_advantages(
             )
         if name not in weights:
             raise ValueError(f"reward {name!r} has no weight")
-        if not torch.isfinite(values).all():
-            raise ValueError(f"reward {name!r} has non-finite values")
+    counted = {name: values for name, values in rewards.items() if weights[name] != 0}
+    kept = torch.ones_like(prompt_ids, dtype=torch.bool)
+    for values in counted.values():
+        kept &= torch.isfinite(values)
+    advantages = torch.zeros(prompt_ids.shape, device=prompt_ids.device)
+    if counted and kept.any():
+        advantages[kept] = _relative_to_groups(
+            {name: values[kept] for name, values in counted.items()},
+            prompt_ids[kept],
+            weights,
+            global_std,
+            normalize,
+        )
+    return advantages
+
+
+def _relative_to_groups(
+    rewards: Mapping[str, Tensor],
+    prompt_ids: Tensor,
+    weights: Mapping[str, float],
+    global_std: bool,
+    normalize: bool,
+) -> Tensor:
+    _, group = torch.unique(prompt_ids, return_inverse=True)
+    sizes = torch.bincount(group).double()
+    total = torch.zeros(prompt_ids.shape, dtype=torch.float64, device=prompt_ids.device)
+    for name, values in rewards.items():
         scores = values.float().double()  # group means of float32 values are exact in float64
         means = torch.zeros_like(sizes).index_add_(0, group, scores) / sizes
         centred = scores - means[group]
@@ -53,9 +76,9 @@ def group_advantages(
         else:
             variances = torch.zeros_like(sizes).index_add_(0, group, centred.square()) / sizes
             std = variances.sqrt()[group]
-        total += weights[name] * centred / (std + _STD_FLOOR)
+        total += weights[name] * centred / (std + STD_FLOOR)
     if normalize:
-        total = total / (total.std(correction=0) + _STD_FLOOR)
+        total = total / (total.std(correction=0) + STD_FLOOR)
     return total.float()
 
 

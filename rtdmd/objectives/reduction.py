@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+STD_FLOOR = 1e-4  # added to every standard deviation that divides
+
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """Σ w·values / Σ w over samples; the plain mean without weights, 0 if all weights are 0.

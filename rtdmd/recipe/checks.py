@@ -7,8 +7,22 @@ from dataclasses import replace
 
 from rtdmd.recipe.checks_arithmetic import FAMILY_SIGMAS, check_arithmetic
 from rtdmd.recipe.checks_evaluation import check_evaluation
-from rtdmd.recipe.checks_files import check_engines, check_models, check_output, check_source, check_starts
-from rtdmd.recipe.checks_values import check_family, check_rewards, check_stages, check_values
+from rtdmd.recipe.checks_files import (
+    check_engines,
+    check_models,
+    check_output,
+    check_readable,
+    check_source,
+    check_starts,
+)
+from rtdmd.recipe.checks_values import (
+    check_family,
+    check_rewards,
+    check_stages,
+    check_stop_rules,
+    check_values,
+    reward_sections,
+)
 from rtdmd.recipe.loading import parse_recipe
 from rtdmd.recipe.report import Report, value_at
 from rtdmd.recipe.schema import EvaluationSection, Recipe
@@ -89,6 +103,7 @@ def find_faults(recipe: Recipe, source: str, *, world_size: int, stages: Sequenc
     check_family(report, recipe, FAMILY_SIGMAS)
     check_arithmetic(report, recipe, world_size=world_size, stages=stages)
     _check_rewards(report, recipe, runs_rtdmd="rtdmd" in stages)
+    check_stop_rules(report, recipe)
     check_engines(report, recipe)
     check_models(report, recipe)
     if "rtdmd" in stages:
@@ -106,12 +121,14 @@ def _check_rewards(report: Report, recipe: Recipe, *, runs_rtdmd: bool) -> None:
     check_rewards(
         report, recipe, {name: spec.differentiable for name, spec in REWARDS.items()}, runs_rtdmd=runs_rtdmd
     )
-    for index, reward in enumerate(recipe.rewards):
-        key, spec = f"rewards.{index}.weights", REWARDS.get(reward.name)
+    for section, reward in reward_sections(recipe).items():
+        key, spec = f"{section}.weights", REWARDS.get(reward.name)
         if spec is not None and reward.mode not in spec.modes:
             advice = f"{reward.name} has no such mode; leave the key out"
-            report.fault(f"rewards.{index}.mode", reward.mode, advice)
-        if reward.weights is None or spec is None or not runs_rtdmd:
+            report.fault(f"{section}.mode", reward.mode, advice)
+        if reward.token_file is not None and reward.url is not None and runs_rtdmd:
+            check_readable(report, f"{section}.token_file", reward.token_file)
+        if reward.weights is None or spec is None or not runs_rtdmd or reward.url is not None:
             continue
         if spec.default_weights is None:
             report.fault(key, reward.weights, f"{reward.name} has no weights; leave the key out")
@@ -124,10 +141,10 @@ def _check_prompts(report: Report, recipe: Recipe, stages: Sequence[str]) -> Non
     from rtdmd.rewards import REWARDS
 
     scorers = {}
-    for index, reward in enumerate(recipe.rewards):
+    for section, reward in reward_sections(recipe).items():
         spec = REWARDS.get(reward.name)
         if spec is not None and spec.check_prompt is not None:
-            scorers[f"rewards.{index} ({reward.name})"] = spec.check_prompt
+            scorers[f"{section} ({reward.name})"] = spec.check_prompt
     for stage in dict.fromkeys(stages):
         if stage in ("cold_start", "rtdmd"):
             key = f"{stage}.prompts"

@@ -64,6 +64,15 @@ def check_starts(report: Report, recipe: Recipe) -> None:
             report.fault(key, value, f"this file is {what}; null starts from this run's own cold start")
 
 
+def check_readable(report: Report, key: str, value: str) -> None:
+    """``value`` is a file that can be opened."""
+    try:
+        with open(Path(value).expanduser(), "rb"):
+            pass
+    except OSError as error:
+        report.fault(key, value, f"cannot be read: {error.strerror}")
+
+
 def check_source(report: Report, key: str, value: str, needs: str | None) -> None:
     """``value`` is an existing folder that holds the file ``needs``, or may be a hub id `owner/name`."""
     path = Path(value).expanduser()

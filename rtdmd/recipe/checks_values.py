@@ -9,9 +9,10 @@ from typing import Any
 
 from rtdmd.errors import nearest_hint
 from rtdmd.recipe.report import Report, value_at
-from rtdmd.recipe.schema import DEFAULT_BACKPROP_REWARDS, Recipe
+from rtdmd.recipe.schema import DEFAULT_BACKPROP_REWARDS, Recipe, RewardSection
 
 STAGES = ("cold_start", "rtdmd")
+IMAGE_METRICS = ("edge_energy", "saturation", "entropy", "diversity")  # below image/
 _OPTIMIZERS = tuple(f"{stage}.{role}" for stage in STAGES for role in ("generator", "fake_score"))
 
 # (what to write, whether a value is fine, keys). Null is fine wherever the schema allows it.
@@ -29,6 +30,7 @@ _RULES: tuple[_Rule, ...] = (
             "cold_start.consistency_max_timesteps",
             "rtdmd.epochs",
             "rtdmd.consistency_max_timesteps",
+            "rtdmd.monitor_every",
             "rtdmd.reward_backprop.micro_batch_size",
             "evaluation.batch_size",
             "evaluation.num_images_per_prompt",
@@ -55,6 +57,7 @@ _RULES: tuple[_Rule, ...] = (
         lambda value: value >= 0,
         (
             "seed",
+            "reward_workers",
             "preview.num_images",
             "evaluation.seed",
             "evaluation.every",
@@ -69,7 +72,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         "write a number in [0, 1), such as 0.9",
         lambda value: 0 <= value < 1,
-        tuple(f"{stage}.ema_decay" for stage in STAGES),
+        (*(f"{stage}.ema_decay" for stage in STAGES), "rtdmd.reward_backprop.statistics_decay"),
     ),
     ("write a number in [0, 1], such as 0.9", lambda value: 0 <= value <= 1, ("schedule.eta",)),
     (
@@ -153,6 +156,32 @@ def check_family(report: Report, recipe: Recipe, known: Collection[str]) -> None
         report.fault("model.family", name, f"unknown model family{nearest_hint(name, sorted(known))}")
 
 
+def check_stop_rules(report: Report, recipe: Recipe) -> None:
+    """Rules name metrics that are logged, and can end a stage."""
+    known = [f"reward/{reward.name}" for reward in recipe.rewards]
+    known += [f"monitor/{reward.name}" for reward in recipe.monitor_rewards]
+    known += [f"image/{name}" for name in IMAGE_METRICS]
+    for index, rule in enumerate(recipe.rtdmd.stop_when):
+        key = f"rtdmd.stop_when.{index}"
+        if rule.metric not in known:
+            report.fault(f"{key}.metric", rule.metric, f"not logged{nearest_hint(rule.metric, known)}")
+        if rule.drop < 0:
+            report.fault(f"{key}.drop", rule.drop, "write 0 or more, in the metric's own unit")
+        if rule.patience < 0:
+            report.fault(f"{key}.patience", rule.patience, "write 0 or more epochs")
+        if rule.window < 1:
+            report.fault(f"{key}.window", rule.window, "write at least 1")
+
+
+def reward_sections(recipe: Recipe) -> dict[str, RewardSection]:
+    """Every reward of the recipe by its dotted key, those that are trained on first."""
+    return {
+        f"{key}.{index}": reward
+        for key in ("rewards", "monitor_rewards")
+        for index, reward in enumerate(value_at(recipe, key))
+    }
+
+
 def check_rewards(
     report: Report, recipe: Recipe, differentiable: dict[str, bool], *, runs_rtdmd: bool
 ) -> None:
@@ -161,19 +190,53 @@ def check_rewards(
     ``differentiable`` says for every registered reward whether it has one.
     """
     names = [reward.name for reward in recipe.rewards]
-    for index, reward in enumerate(recipe.rewards):
-        key = f"rewards.{index}"
+    first_keys: dict[str, str] = {}
+    for key, reward in reward_sections(recipe).items():
+        is_monitor = key.startswith("monitor_rewards")
         if reward.name not in differentiable:
             hint = nearest_hint(reward.name, sorted(differentiable))
             report.fault(f"{key}.name", reward.name, f"unknown reward{hint}")
-        elif reward.name in names[:index]:
-            first = names.index(reward.name)
-            report.fault(f"{key}.name", reward.name, f"also rewards.{first}; keep one and give it the weight")
+        elif reward.name in first_keys:
+            advice = "it is logged already" if is_monitor else "keep one and give it the weight"
+            report.fault(f"{key}.name", reward.name, f"also {first_keys[reward.name]}; {advice}")
+        first_keys.setdefault(reward.name, key)
+        _check_remote(report, key, reward, recipe.timeout_seconds)
+        if is_monitor:
+            if reward.weight != 1 or reward.clip is not None:
+                advice = "a monitor is never trained on; leave weight and clip out"
+                report.fault(key, reward.name, advice)
+            continue
         if reward.weight < 0:
             report.fault(f"{key}.weight", reward.weight, "write 0 (only logged) or more")
+        if reward.clip is not None and not (len(reward.clip) == 2 and reward.clip[0] < reward.clip[1]):
+            report.fault(f"{key}.clip", reward.clip, "write [low, high] with low < high, such as [-2, 2]")
     if runs_rtdmd and not any(reward.weight > 0 for reward in recipe.rewards):
         report.fault("rewards", names, "stage rtdmd needs at least one reward with a weight above 0")
-    _check_backprop(report, recipe, names, differentiable, runs_rtdmd)
+    at_urls = {reward.name for reward in recipe.rewards if reward.url is not None}
+    here = {name: has and name not in at_urls for name, has in differentiable.items()}
+    _check_backprop(report, recipe, names, here, runs_rtdmd)
+
+
+def _check_remote(report: Report, key: str, reward: RewardSection, patience: float) -> None:
+    """A url is one, and what goes with it is in range."""
+    if reward.timeout_seconds <= 0:
+        report.fault(f"{key}.timeout_seconds", reward.timeout_seconds, "write a number above 0")
+    if reward.retries < 0:
+        report.fault(f"{key}.retries", reward.retries, "write 0 or more")
+    if reward.url is None:
+        if reward.token_file is not None:
+            report.fault(f"{key}.token_file", reward.token_file, "goes with a url; leave it out")
+        return
+    longest = reward.timeout_seconds * (reward.retries + 1)
+    if longest >= patience:
+        report.fault(
+            f"{key}.timeout_seconds",
+            reward.timeout_seconds,
+            f"with {reward.retries} retries a request may take {longest:g} s, and the run is taken for stuck "
+            f"after timeout_seconds = {patience:g}; lower the one or raise the other",
+        )
+    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?", reward.url, re.ASCII):
+        report.fault(f"{key}.url", reward.url, "write http://HOST:PORT, such as http://127.0.0.1:8123")
 
 
 def _check_backprop(
@@ -190,7 +253,11 @@ def _check_backprop(
         elif name in (section.rewards or [])[:index]:
             report.fault(f"{key}.{index}", name, "named twice; keep one")
         elif differentiable.get(name) is False:
-            report.fault(f"{key}.{index}", name, f"this reward has no gradient to the image; {advice}")
+            at_url = any(reward.name == name and reward.url is not None for reward in recipe.rewards)
+            why = (
+                "a reward at a url has no gradient" if at_url else "this reward has no gradient to the image"
+            )
+            report.fault(f"{key}.{index}", name, f"{why}; {advice}")
     if not runs_rtdmd or section.weight <= 0:
         return
     if section.rewards == [] or (

@@ -136,7 +136,19 @@ class RewardBackpropSection:
     weight: float = 1e-4  # 0 switches it off
     margin: float = 3.0
     rewards: list[str] | None = None  # null: clipscore, hpsv2, pickscore, as far as the recipe has them
+    standardize: bool = False  # (r - mean)/std of each reward before the weighted sum and the margin
+    statistics_decay: float = 0.9  # of these means and stds, per epoch
     micro_batch_size: int = 1  # pictures whose decoder and reward graphs exist at once
+
+
+@dataclass(frozen=True)
+class StopRuleSection:
+    """Ends the stage when a metric's running mean has long been below its best."""
+
+    metric: str  # as logged: reward/NAME, monitor/NAME, image/NAME
+    drop: float  # below the best running mean
+    patience: int = 40  # epochs for which the drop has to last
+    window: int = 5  # logged values that the running mean is over
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,8 @@ class RtdmdSection:
     timestep_range: list[float] = field(default_factory=lambda: [20.0, 980.0])
     reward_backprop: RewardBackpropSection = field(default_factory=RewardBackpropSection)
     ema_decay: float = 0.81  # reached by the warm-up min((1+n)/(10+n), decay)
+    monitor_every: int = 10  # epochs between looks at monitor_rewards and at what the pictures are like
+    stop_when: list[StopRuleSection] = field(default_factory=list)  # any of them; the first picks the best
     checkpoint_every: int = 20  # epochs
     sample_every: int = 20
 
@@ -182,6 +196,11 @@ class RewardSection:
     weights: str | None = None  # folder or hub id; null is the published one
     revision: str | None = None
     mode: RewardMode = "default"  # official: with the quirks of the published code, where it has some
+    clip: list[float] | None = None  # [low, high]: training takes a score beyond a bound for the bound
+    url: str | None = None  # of an `rtdmd serve-rewards` that scores; null: this process does
+    timeout_seconds: float = 60.0  # of a request to the url
+    retries: int = 3  # of a request that got no answer
+    token_file: str | None = None  # holds what the url's server asks for
 
 
 @dataclass(frozen=True)
@@ -243,6 +262,8 @@ class Recipe:
     cold_start: ColdStartSection
     rtdmd: RtdmdSection
     rewards: list[RewardSection]
+    monitor_rewards: list[RewardSection] = field(default_factory=list)  # scored and logged, never trained on
+    reward_workers: int = 0  # processes per rank and reward that needs the CPU alone (ocr, say); 0: none
     lora: LoraSection = field(default_factory=LoraSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     preview: PreviewSection = field(default_factory=PreviewSection)

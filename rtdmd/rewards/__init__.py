@@ -31,6 +31,7 @@ class RewardSpec:
     modes: tuple[str, ...] = ("default",)
     needs_files: tuple[HubFiles, ...] = ()  # to load the published weights; the weights' own file comes first
     needs_packages: tuple[str, ...] = ()  # of the extra that is named as the scorer
+    needs_cpu_alone: bool = False  # `reward_workers` can take it off the training process
     # Raises UserError for a prompt that the scorer would refuse, as far as prompt and row tell.
     check_prompt: Callable[[str, Mapping[str, Any]], object] | None = None
 
@@ -131,6 +132,7 @@ _SPECS = (
         differentiable=False,
         default_weights=None,
         licence="no weights",
+        needs_cpu_alone=True,
     ),
     RewardSpec(
         name="ocr",
@@ -139,6 +141,7 @@ _SPECS = (
         licence="Apache-2.0",
         modes=("default", "official"),
         needs_packages=("rapidocr", "onnxruntime"),
+        needs_cpu_alone=True,
         check_prompt=_check_ocr_prompt,
     ),
     RewardSpec(
@@ -179,6 +182,7 @@ _SPECS = (
         default_weights=None,
         licence="no weights",
         modes=("default", "official"),
+        needs_cpu_alone=True,
         check_prompt=_check_shapes_prompt,
     ),
 )
@@ -186,12 +190,17 @@ _SPECS = (
 REWARDS: dict[str, RewardSpec] = {spec.name: spec for spec in _SPECS}
 
 
-def load_rewards(sections: Sequence[RewardSection], device: torch.device, dtype: torch.dtype) -> list[Reward]:
+def load_rewards(
+    sections: Sequence[RewardSection], device: torch.device, dtype: torch.dtype, workers: int = 0
+) -> list[Reward]:
     """Load the reward models that the recipe names, in its order, frozen, on ``device`` in ``dtype``.
+
+    Those with a url are asked there. Those that need the CPU alone run in ``workers`` processes each, or
+    here if that is 0.
 
     Raises:
         UserError: names are unknown (all are named, before anything is loaded), a scorer without weights is
-            given some, or weights cannot be loaded.
+            given some, weights cannot be loaded, or nothing answers at a url.
     """
     faults = []
     for section in sections:
@@ -206,7 +215,17 @@ def load_rewards(sections: Sequence[RewardSection], device: torch.device, dtype:
             faults.append(f"reward {section.name!r} has no mode {section.mode!r}; leave the key out")
     if faults:
         raise UserError("\n".join(faults))
+    return [_load_reward(section, device, dtype, workers) for section in sections]
+
+
+def _load_reward(section: RewardSection, device: torch.device, dtype: torch.dtype, workers: int) -> Reward:
+    if section.url is not None:
+        from rtdmd.rewards.remote import RemoteReward
+
+        return RemoteReward(section)
+    if workers and REWARDS[section.name].needs_cpu_alone:
+        from rtdmd.rewards.serving.pool import PooledReward
+
+        return PooledReward(section, workers)
     # A scorer's module bears its name.
-    return [
-        import_module(f"rtdmd.rewards.{section.name}").load(section, device, dtype) for section in sections
-    ]
+    return import_module(f"rtdmd.rewards.{section.name}").load(section, device, dtype)

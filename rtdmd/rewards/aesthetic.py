@@ -38,7 +38,6 @@ class AestheticReward:
 
         Raises:
             ValueError: the batch has another shape or range.
-            TrainingHalted: a score isn't finite.
         """
         check_batch(images, prompts, metadata)
         return check_scores(self.name, self.head(self.vision.features(images)), prompts)

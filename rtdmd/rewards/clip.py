@@ -166,7 +166,6 @@ class ClipReward:
 
         Raises:
             ValueError: the batch has another shape or range.
-            TrainingHalted: a score isn't finite.
         """
         check_batch(images, prompts, metadata)
         if self.divisor is None:

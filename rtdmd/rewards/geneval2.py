@@ -99,7 +99,6 @@ class Geneval2Reward:
         Raises:
             ValueError: the batch has another shape or range.
             UserError: metadata are missing or not understood (before anything is scored).
-            TrainingHalted: a score isn't finite.
         """
         check_batch(images, prompts, metadata)
         asked = [questions(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]

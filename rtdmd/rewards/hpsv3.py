@@ -100,7 +100,6 @@ class Hpsv3Reward:
 
         Raises:
             ValueError: the batch has another shape or range.
-            TrainingHalted: a score isn't finite.
         """
         check_batch(images, prompts, metadata)
         starts = range(0, len(images), self.chunk_size)

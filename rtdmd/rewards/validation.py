@@ -32,13 +32,14 @@ def check_batch(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metad
 
 
 def check_scores(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Return ``scores`` [B] if all are finite.
+    """Return ``scores`` [B] if they are one number per prompt.
+
+    A number that isn't finite is handed on as it is: whoever uses scores leaves out such a sample and says
+    so (training: ``objectives.group_advantages``), and never takes it for a 0.
 
     Raises:
-        TrainingHalted: naming the scorer and the first prompt without a finite score.
+        TrainingHalted: naming the scorer and the shape it gave.
     """
-    finite = torch.isfinite(scores.detach())
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
-        raise TrainingHalted(f"reward {name!r} gave {scores[first].item()} for the prompt {prompts[first]!r}")
+    if scores.shape != (len(prompts),):
+        raise TrainingHalted(f"reward {name!r} gave scores {list(scores.shape)} for {len(prompts)} pictures")
     return scores

@@ -30,13 +30,15 @@ from rtdmd.recipe.schema import (
     TeacherSection,
     TrainedSection,
 )
-from rtdmd.rewards import REWARDS, load_rewards
+from rtdmd.rewards import load_rewards
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
 from rtdmd.stages.cold_start import ColdStart
+from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import RewardPanel
 from rtdmd.stages.roles import Roles, Student, Teacher
 from rtdmd.stages.rtdmd import Rtdmd
+from rtdmd.stages.scoring_thread import ScoringThread
 
 Stage = ColdStart | Rtdmd
 
@@ -91,14 +93,28 @@ def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
     backprop = recipe.rtdmd.reward_backprop
     names = [reward.name for reward in recipe.rewards]
     chosen: Sequence[str] = backprop.rewards or [name for name in DEFAULT_BACKPROP_REWARDS if name in names]
+    sections = [*recipe.rewards, *recipe.monitor_rewards]
+    dtype = getattr(torch, recipe.dtype)
+    loaded = load_rewards(sections, ranks.device, dtype, recipe.reward_workers)
     return RewardPanel(
         family,
-        load_rewards(recipe.rewards, ranks.device, getattr(torch, recipe.dtype)),
-        {reward.name: reward.weight for reward in recipe.rewards},
-        [name for name in chosen if REWARDS[name].differentiable],
+        loaded[: len(recipe.rewards)],
+        _combination(recipe),
+        [reward.name for reward in loaded if reward.name in chosen and reward.differentiable],
+        monitors=loaded[len(recipe.rewards) :],
+        thread=ScoringThread(ranks.device),
         score_chunk=recipe.rtdmd.score_batch_size or recipe.rtdmd.sample_batch_size,
         backprop_chunk=backprop.micro_batch_size,
         progress=calls.touch,
+    )
+
+
+def _combination(recipe: Recipe) -> Combination:
+    backprop = recipe.rtdmd.reward_backprop
+    return Combination(
+        {reward.name: reward.weight for reward in recipe.rewards},
+        {reward.name: (reward.clip[0], reward.clip[1]) for reward in recipe.rewards if reward.clip},
+        backprop.statistics_decay if backprop.standardize else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,17 @@ class ColdStart:
         if updates_generator:
             norms["generator/grad_norm"] = self._update_generator(iteration, batch, means)
         return StepReport(means.read(self._ranks) | norms, updates_generator)
+
+    def close(self) -> None:
+        """Free the engines."""
+        self.roles.close()
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: an iteration learns from another by the weights alone."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """There is nothing to take up."""
 
     def _update_fake_score(self, iteration: int, batch: list[MicroBatch], means: Means) -> float:
         """The fake score learns the distribution of what the generator paints now."""

@@ -6,73 +6,27 @@ Reward-Tilted Distribution Matching Distillation, arXiv 2605.26108.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.flow import cps_log_prob, cps_transition, predict_x0
-from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+from rtdmd.models.protocol import ModelFamily
 from rtdmd.objectives import group_advantages, policy_loss, weighted_mean
 from rtdmd.prompts import GroupSampler, PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import RtdmdSection
 from rtdmd.rollout import FewSteps, Trajectory, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, Samples
+from rtdmd.stages.alarms import HackingAlarms
 from rtdmd.stages.metrics import Means, StepReport
+from rtdmd.stages.records import Record, Weighted
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from rtdmd.stages.roles import Roles
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a rollout leaves behind for training, of B samples."""
-
-    indices: list[int]  # global sample indices of the epoch
-    prompt_ids: list[int]
-    captions: Captions
-    text: TextEmbeddings  # of the distinct prompts
-    text_rows: list[int]  # each sample's row in `text`
-    trajectory: Trajectory
-    log_probs: dict[int, Tensor]  # rollout log-probability of each drawn step, [B]
-    scores: dict[str, Tensor]  # [B] per reward
-
-    def __getitem__(self, part: slice) -> Record:
-        moving = self.trajectory
-        return Record(
-            self.indices[part],
-            self.prompt_ids[part],
-            self.captions[part],
-            self.text,
-            self.text_rows[part],
-            Trajectory(moving.sigmas, [x[part] for x in moving.states], [v[part] for v in moving.velocities]),
-            {step: value[part] for step, value in self.log_probs.items()},
-            {name: value[part] for name, value in self.scores.items()},
-        )
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def split(self, size: int) -> list[Record]:
-        return [self[slice(start, start + size)] for start in range(0, len(self), size)]
-
-    @property
-    def sample_text(self) -> TextEmbeddings:
-        return self.text[self.text_rows]
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A micro-batch of the generator update with advantages and weights [B].
-
-    ``share`` turns this rank's weighted mean into its part of the mean over all ranks.
-    """
-
-    record: Record
-    advantages: Tensor
-    weights: Tensor
-    share: Tensor
+from rtdmd.stages.scores import EpochScores, Scored
 
 
 class Rtdmd:
@@ -102,6 +56,7 @@ class Rtdmd:
         self._matching = matching
         self.draws = draws
         self._ranks = ranks
+        self._alarms = HackingAlarms(panel.combination.weights)
         self._sampler = GroupSampler(
             len(prompts),
             settings.images_per_prompt,
@@ -117,34 +72,59 @@ class Rtdmd:
         drawn = self.draws.subset(
             epoch, "policy_steps", len(self.few.sigmas) - 1, self.settings.num_policy_steps
         )
-        records = self._sample(epoch, drawn, means)
+        records, scores = self._sample(epoch, drawn)
         fake_norm = self._update_fake_score(epoch, records, means)
-        advantages = self._advantages(records, means)
+        advantages = self._advantages(records, scores, means)
         generator_norm = self._update_generator(epoch, records, advantages, drawn, means)
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
-        metrics = means.read(self._ranks) | norms
-        return StepReport(metrics, generator_updated=True, notices=self._notices(metrics))
+        metrics = scores.metrics() | means.read(self._ranks) | norms
+        notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(metrics)]
+        return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
-    def _notices(self, metrics: dict[str, float]) -> tuple[str, ...]:
+    def close(self) -> None:
+        """Free the engines; end what scores."""
+        self.panel.close()
+        self.roles.close()
+
+    def state(self) -> dict[str, Any]:
+        """What one epoch learns from another besides weights: JSON, equal on all ranks."""
+        return {"combination": self.panel.combination.state(), "alarms": self._alarms.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.panel.combination.restore(state["combination"])
+        self._alarms.restore(state["alarms"])
+
+    def _hinge_notices(self, metrics: dict[str, float]) -> list[str]:
         if metrics.get("generator/hinge_active") != 0:
-            return ()
+            return []
         backprop = self.settings.reward_backprop
-        return (
+        return [
             f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "
-            "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights",
-        )
+            "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
+        ]
 
     @torch.no_grad()
-    def _sample(self, epoch: int, drawn: Sequence[int], means: Means) -> list[Record]:
-        """Rollouts of all sampling batches, decoded and scored."""
+    def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:
+        """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures.
+
+        A batch is decoded and scored while the next one is rolled out. A scorer that fails on one rank
+        stops all of them, once all have rolled out.
+        """
         plan = self._sampler.epoch(epoch)
-        records = []
+        closely = epoch % self.settings.monitor_every == 0
+        records, jobs = [], []
         for number in range(self.settings.num_sample_batches):
             indices = list(self._sampler.rank_positions(self._ranks.rank, number))
             record = self._roll_out(epoch, indices, [plan[index] for index in indices], drawn)
-            means.add("reward", {name: scores.mean() for name, scores in record.scores.items()})
+            jobs.append(self.panel.start_scoring(record.trajectory.final, record.captions, closely=closely))
             records.append(record)
-        return records
+        with self._ranks.together():
+            scored = Scored.cat([job.result() for job in jobs])
+        mine = [prompt for record in records for prompt in record.prompt_ids]
+        scores = EpochScores.of_all_ranks(mine, scored, self._ranks)
+        scores.check_usable(self.panel.combination.weights)
+        return records, scores
 
     def _roll_out(
         self, epoch: int, indices: list[int], prompt_ids: list[int], drawn: Sequence[int]
@@ -172,9 +152,8 @@ class Rtdmd:
             [self.prompts.metadata[prompt] for prompt in prompt_ids],
         )
         log_probs = {step: self._log_prob(trajectory, step, trajectory.velocities[step]) for step in drawn}
-        scores = self.panel.score(trajectory.final, captions)
         taken = replace(trajectory, velocities=[])  # nothing needs them any more
-        return Record(indices, prompt_ids, captions, text, rows, taken, log_probs, scores)
+        return Record(indices, prompt_ids, captions, text, rows, taken, log_probs)
 
     def _log_prob(self, trajectory: Trajectory, step: int, velocity: Tensor) -> Tensor:
         """Log-probability [B] of the transition that was taken at ``step``, under ``velocity``."""
@@ -194,17 +173,13 @@ class Rtdmd:
             means.add("fake_score", parts | {"loss": loss})
         return fake.engine.step().grad_norm
 
-    def _advantages(self, records: list[Record], means: Means) -> list[Tensor]:
+    def _advantages(self, records: list[Record], scores: EpochScores, means: Means) -> list[Tensor]:
         """This rank's advantages per record, normalised over all samples of all ranks."""
-        device = self._ranks.device
-        mine = torch.tensor([prompt for record in records for prompt in record.prompt_ids], device=device)
-        prompt_ids = self._ranks.all_gather(mine).flatten()
-        rewards = {
-            name: self._ranks.all_gather(torch.cat([record.scores[name] for record in records])).flatten()
-            for name in records[0].scores
-        }
+        combination = self.panel.combination
+        rewards = combination.clip(scores.rewards)
+        combination.observe(rewards)
         everyone = group_advantages(
-            rewards, prompt_ids, self.panel.weights, global_std=self.settings.advantage_global_std
+            rewards, scores.prompt_ids, combination.weights, global_std=self.settings.advantage_global_std
         )
         local = everyone.view(self._ranks.world_size, -1)[self._ranks.rank]
         means.add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from rtdmd.distributed.collectives import Ranks
 
 GENERATOR_FILE = "generator_ema.pt"
+BEST_FILE = "generator_ema.best.pt"  # of the best checkpoint, while a stage with stop_when runs
+LAST_FILE = "generator_ema.last.pt"  # of the last step, where stop_when ended the stage
 FAKE_SCORE_FILE = "fake_score.pt"
 
 
@@ -34,3 +37,10 @@ def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ra
 
     ranks.on_main_first(write)
     return state
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file beside its place, then move it there. Call on rank 0."""
+    beside = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, beside)
+    beside.replace(target)

@@ -3,6 +3,7 @@
     checkpoints/step-000500/rank-00000.safetensors …   pieces, keyed role/kind/parameter
                             state.json                 step, world size, update counts
     checkpoints/latest                                 name of the last complete one
+    checkpoints/best                                   name of the best one, where a rule tells
 
 A checkpoint is written beside its place and moved into it when all ranks have written; ``latest``
 follows. A crash leaves the previous one whole. Nothing in it is pickled. DeepSpeed's own checkpoints
@@ -25,13 +26,12 @@ from safetensors.torch import save_file
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import Piece
 from rtdmd.errors import UserError
-from rtdmd.runs import LATEST as _LATEST
-from rtdmd.runs import STATE as _STATE
-from rtdmd.runs import latest_checkpoint, read_progress
+from rtdmd.runs import LATEST, STATE, latest_checkpoint, read_progress
 
 # role → kind → pieces
 State = Mapping[str, Mapping[str, Sequence[Piece]]]
 
+_BEST = "best"
 _RNG = "rng/torch"
 
 
@@ -61,19 +61,27 @@ class CheckpointStore:
         self._ranks = ranks
         self._keep = keep
 
-    def save(self, step: int, state: State, progress: dict[str, Any], whole_on_main: Sequence[str]) -> None:
+    def save(
+        self,
+        step: int,
+        state: State,
+        progress: dict[str, Any],
+        whole_on_main: Sequence[str],
+        best: int | None = None,
+    ) -> None:
         """Collective: write the checkpoint of ``step`` finished steps.
 
-        Roles in ``whole_on_main`` are replicated; rank 0 alone writes them. If a rank fails to
-        write, all ranks raise.
+        ``best`` is the step of the best checkpoint, which is kept however old it is. Roles in
+        ``whole_on_main`` are replicated; rank 0 alone writes them. If a rank fails to write, all ranks
+        raise.
         """
-        final = self._folder / f"step-{step:06d}"
+        final = self._folder / _folder_name(step)
         partial = final.with_name(f".{final.name}.partial")
         self._ranks.on_main_first(lambda: _fresh_folder(partial))
         with self._ranks.together():
             self._write_rank(partial, state, whole_on_main)
         record = progress | {"step": step, "world_size": self._ranks.world_size}
-        self._ranks.on_main_first(lambda: self._complete(partial, final, record))
+        self._ranks.on_main_first(lambda: self._complete(partial, final, record, best))
 
     def _write_rank(self, folder: Path, state: State, whole_on_main: Sequence[str]) -> None:
         tensors, starts = _rng_states(), {}
@@ -87,23 +95,32 @@ class CheckpointStore:
                     starts[key] = piece.start
         save_file(tensors, str(_rank_file(folder, self._ranks.rank)), {"starts": json.dumps(starts)})
 
-    def _complete(self, partial: Path, final: Path, record: dict[str, Any]) -> None:
-        replace_text(partial / _STATE, json.dumps(record, indent=2))
+    def _complete(self, partial: Path, final: Path, record: dict[str, Any], best: int | None) -> None:
+        replace_text(partial / STATE, json.dumps(record, indent=2))
         if final.exists():
             shutil.rmtree(final)
         partial.replace(final)
-        replace_text(self._folder / _LATEST, final.name)
+        replace_text(self._folder / LATEST, final.name)
+        if best is None:
+            (self._folder / _BEST).unlink(missing_ok=True)
+        else:
+            replace_text(self._folder / _BEST, _folder_name(best))
         # Steps beyond this one are of a run that was wound back.
         others = sorted(path for path in self._folder.glob("step-*") if path != final)
         earlier = [path for path in others if path.name < final.name]
         kept = earlier[len(earlier) - self._keep + 1 :] if self._keep > 1 else []
         for old in others:
-            if old not in kept:
+            if old not in kept and (best is None or old.name != _folder_name(best)):
                 shutil.rmtree(old)
 
     def latest(self) -> Path | None:
         """Folder of the last complete checkpoint, or None."""
         return latest_checkpoint(self._folder)
+
+    def at(self, step: int) -> Path | None:
+        """Folder of the complete checkpoint of ``step`` finished steps, or None."""
+        folder = self._folder / _folder_name(step)
+        return folder if (folder / STATE).is_file() else None
 
     def load(self, folder: Path, state: State) -> None:
         """Fill the pieces of ``state``, and this rank's random states, from a checkpoint."""
@@ -113,6 +130,10 @@ class CheckpointStore:
                     for piece in pieces:
                         reader.fill(f"{role}/{kind}/{piece.name}", piece)
             reader.restore_rng(self._ranks.rank)
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,24 @@ from typing import Any
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import MASTER
+from rtdmd.errors import UserError
 from rtdmd.models.adapters import save_diffusers_lora
 from rtdmd.recipe.schema import Recipe
+from rtdmd.runs import ENDING_FILE, read_progress
 from rtdmd.stages.assemble import Stage
-from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_state_dict
-from rtdmd.training.checkpoint import CheckpointStore, read_progress
+from rtdmd.training.artifacts import (
+    BEST_FILE,
+    FAKE_SCORE_FILE,
+    GENERATOR_FILE,
+    LAST_FILE,
+    copy_file,
+    save_state_dict,
+)
+from rtdmd.training.checkpoint import CheckpointStore, replace_text
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.previews import Previews
+from rtdmd.training.stopping import StopRules
 from rtdmd.training.tracking import Tracker
 
 
@@ -53,6 +64,7 @@ class StageRun:
     recipe: Recipe
     ranks: Ranks
     run: Path  # the run's folder
+    rules: StopRules
 
     @property
     def folder(self) -> Path:
@@ -75,34 +87,74 @@ class StageRun:
         for role in ("generator", "fake_score"):
             getattr(self.stage.roles, role).engine.restored(progress["num_updates"][role])
         self.ema.num_updates = progress["num_updates"]["ema"]
+        self.stage.restore(progress["stage"])
+        self.rules.restore(progress["stopping"])
+        best = self.rules.best_step
+        if best is not None and self.store.at(best) is None:
+            self.rules.forget_best()
         return int(progress["step"])
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, is_due: bool) -> None:
         """Collective: the state dicts for others, then the checkpoint, which says that they are there."""
         self.write_state_dicts()
+        if is_due and self.rules.choose(step):
+            self._copy_generator(BEST_FILE)
         roles = self.stage.roles
         engines = {"generator": roles.generator.engine, "fake_score": roles.fake_score.engine}
         updates = {role: engine.num_updates for role, engine in engines.items()}
         progress = {
             "num_updates": updates | {"ema": self.ema.num_updates},
             "training": training_identity(self.recipe),
+            "stage": self.stage.state(),
+            "stopping": self.rules.state(),
         }
         replicated = [role for role, engine in engines.items() if engine.masters.replicated]
-        self.store.save(step, self._state(), progress, replicated)
+        self.store.save(step, self._state(), progress, replicated, self.rules.best_step)
 
     def write_state_dicts(self) -> None:
         """Collective: the generator's EMA and the fake score, under peft's and diffusers' names."""
-        generator, fake = self.stage.roles.generator.engine, self.stage.roles.fake_score.engine
+        fake = self.stage.roles.fake_score.engine
         masters = fake.masters.pieces(MASTER)
         save_state_dict(fake.gather(masters), self.folder / FAKE_SCORE_FILE, self.ranks)
+        self._write_generator()
+
+    def _write_generator(self) -> None:
+        generator = self.stage.roles.generator.engine
         state = save_state_dict(generator.gather(self.ema.pieces), self.folder / GENERATOR_FILE, self.ranks)
         if self.recipe.roles.generator.trains == "lora":
             family, lora = self.stage.family, self.recipe.lora
             self.ranks.on_main_first(lambda: save_diffusers_lora(state, self.folder, family, lora))
 
+    def _copy_generator(self, name: str) -> None:
+        self.ranks.on_main_first(lambda: copy_file(self.folder / GENERATOR_FILE, self.folder / name))
+
+    def _end_early(self, step: int) -> None:
+        """Collective: hand over the best checkpoint's generator, and note that the stage is over.
+
+        ``generator_ema.pt`` and the LoRA file for diffusers become the best checkpoint's; the last step's
+        stay as ``generator_ema.last.pt``. A crash in between repeats it.
+        """
+        self.write_state_dicts()
+        if self.rules.best_step is not None:
+            best = self.store.at(self.rules.best_step)
+            if best is None:
+                raise UserError(
+                    f"{self.folder}: the best checkpoint, of step {self.rules.best_step}, isn't there any "
+                    "more; the same command hands over the last one instead"
+                )
+            self._copy_generator(LAST_FILE)
+            self.store.load(best, {"generator": {"ema": self.ema.pieces}})
+            self._write_generator()
+        ending = {"step": step, "best_step": self.rules.best_step, "reason": self.rules.reason}
+        text = json.dumps(ending, indent=2)
+        self.ranks.on_main_first(lambda: replace_text(self.folder / ENDING_FILE, text))
+
     def execute(self, tracker: Tracker, first: int, stop: StopRequest) -> bool:
         """Run steps ``first`` … to the end; whether it got there (else it was asked to stop)."""
         settings, total = self.stage.settings, self.stage.num_steps
+        if self.rules.reason is not None:  # ended by a rule, but not yet handed over
+            self._end_early(first)
+            return True
         if first >= total:  # all steps are done, but the files are not there
             self.write_state_dicts()
             return True
@@ -116,14 +168,20 @@ class StageRun:
             metrics = report.metrics
             if self.evaluations and due(done, self.recipe.evaluation.every, total):
                 metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
-            tracker.log(done, metrics, report.notices)
+            ended = self.rules.observe(done, metrics)
+            over = [] if ended is None else [f"{self.stage.name} ends early: {ended}"]
+            tracker.log(done, metrics, [*report.notices, *over])
             stop.count_step()
             stopping = stop.now(self.ranks)
-            if stopping or due(done, settings.checkpoint_every, total):
-                self.save(done)
-            if due(done, settings.sample_every, total):
+            is_due = due(done, settings.checkpoint_every, total)
+            if stopping or ended or is_due:
+                self.save(done, is_due)
+            if ended or due(done, settings.sample_every, total):
                 picture = self.run / "samples" / f"{self.stage.name}-{done:06d}.png"
                 self.previews.paint(self.stage.roles.generator, self.ema.pieces, picture)
+            if ended:
+                self._end_early(done)
+                return True
             if stopping and done < total:
                 return False
         return True

@@ -15,13 +15,15 @@ from rtdmd.models.protocol import ModelFamily
 from rtdmd.prompts import PromptSet
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
+from rtdmd.runs import ended_early, latest_checkpoint, read_progress
 from rtdmd.stages.assemble import HandOver, build_stage
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
-from rtdmd.training.checkpoint import CheckpointStore, latest_checkpoint, read_progress, replace_text
+from rtdmd.training.checkpoint import CheckpointStore, replace_text
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.loop import StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
+from rtdmd.training.stopping import StopRules
 from rtdmd.training.tracking import Tracker
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start me again
@@ -87,6 +89,7 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         recipe=recipe,
         ranks=ranks,
         run=run,
+        rules=_stop_rules(name, recipe),
     )
     torch.manual_seed(recipe.seed + ranks.rank)  # nothing of ours draws from it, reward models may
     first = stage_run.resume()
@@ -96,7 +99,7 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
     finished = stage_run.execute(tracker, first, stop)
     # Not in a `finally`: closing waits for what is under way on the device, the others' calls included.
     tracker.close()
-    stage.roles.close()
+    stage.close()
     return finished
 
 
@@ -129,8 +132,19 @@ def is_complete(name: str, recipe: Recipe, run: Path) -> bool:
     if not all((folder / file).is_file() for file in (GENERATOR_FILE, FAKE_SCORE_FILE)):
         return False
     latest = latest_checkpoint(folder / "checkpoints")
+    if latest is None:
+        return False
+    progress = read_progress(latest)
+    rules = _stop_rules(name, recipe)
+    rules.restore(progress["stopping"])
+    if rules.reason is not None:  # the recipe's own rules ended it; under others it goes on
+        return ended_early(folder, progress["step"])
     total = recipe.cold_start.iterations if name == "cold_start" else recipe.rtdmd.epochs
-    return latest is not None and read_progress(latest)["step"] >= total
+    return progress["step"] >= total
+
+
+def _stop_rules(name: str, recipe: Recipe) -> StopRules:
+    return StopRules(recipe.rtdmd.stop_when if name == "rtdmd" else [])
 
 
 def check_same_training(store: CheckpointStore, recipe: Recipe) -> None:

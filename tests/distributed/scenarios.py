@@ -25,7 +25,7 @@ from rtdmd.errors import TrainingHalted
 from rtdmd.recipe import load_recipe
 from rtdmd.stages.assemble import HandOver, Stage, build_stage
 
-Built = Callable[..., Stage]
+Built = Callable[..., Any]  # a Stage
 
 
 def first_velocity(stage: Stage, role: str) -> Tensor:
@@ -144,13 +144,76 @@ def closed(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str
                 piece.value.untyped_storage() for pieces in engine.state().values() for piece in pieces
             ]
     before = sum(storage.nbytes() for storage in storages)
-    stage.roles.close()
+    stage.close()
     return {"before": before, "after": sum(storage.nbytes() for storage in storages)}
+
+
+class Doctored:
+    """A scorer whose scores are changed before anyone sees them."""
+
+    def __init__(self, scorer: Any, change: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.differentiable = scorer.name, scorer.differentiable
+        self._scorer, self._change = scorer, change
+
+    def score(self, *given: Any) -> Tensor:
+        return self._change(self._scorer.score(*given))
+
+
+def missing_scores(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """On rank 1 the second reward has no score for the first picture of each batch."""
+    stage = build()
+
+    def without_first(scores: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(scores[:1], float("nan")), scores[1:]])
+
+    if ranks.rank == 1:
+        stage.panel.rewards[1] = Doctored(stage.panel.rewards[1], without_first)
+    report = stage.step(0)
+    finite = all(torch.isfinite(value).all() for value in masters(stage).values())
+    return {"metrics": report.metrics, "notices": list(report.notices), "finite": finite}
+
+
+def failing_scorer(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """Rank 1's scorer raises in its thread; all ranks must stop with its words."""
+    stage = build()
+
+    def fail(scores: Tensor) -> Tensor:
+        raise TrainingHalted("reward 'x': the reader is broken")
+
+    if ranks.rank == 1:
+        stage.panel.rewards[1] = Doctored(stage.panel.rewards[1], fail)
+    try:
+        stage.step(0)
+    except TrainingHalted as error:
+        return {"message": str(error)}
+    return {"message": ""}
+
+
+def all_missing(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """A reward without any score, on all ranks."""
+    stage = build()
+    stage.panel.rewards[1] = Doctored(stage.panel.rewards[1], lambda scores: scores * float("nan"))
+    try:
+        stage.step(0)
+    except TrainingHalted as error:
+        return {"message": str(error)}
+    return {"message": ""}
 
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (non_finite, other_order, one_call_more, shards, velocities, small_steps, closed)
+    for scenario in (
+        non_finite,
+        other_order,
+        one_call_more,
+        shards,
+        velocities,
+        small_steps,
+        closed,
+        missing_scores,
+        failing_scorer,
+        all_missing,
+    )
 }
 
 
@@ -166,7 +229,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> None:
     result = SCENARIOS[case["scenario"]](build, ranks, calls, folder)
     torch.save(result, folder / f"{ranks.rank}.pt")
     if case["scenario"] != "closed":
-        built[0].roles.close()
+        built[0].close()
 
 
 def main() -> None:

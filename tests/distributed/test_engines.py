@@ -99,6 +99,15 @@ def results(
         "shards": case(root / "shards", "shards", tiny_flux2),
         "closed": case(root / "closed", "closed", tiny_flux2, *small),
     }
+    for scenario in ("missing_scores", "failing_scorer", "all_missing"):
+        cases[scenario] = case(
+            root / scenario,
+            scenario,
+            tiny_flux2,
+            f"rewards.0.weights={tiny_clip}",
+            "rtdmd.sample_batch_size=2",
+            stage="rtdmd",
+        )
     for engine in ENGINES:
         overrides = (
             "dtype=bfloat16",
@@ -196,3 +205,23 @@ def test_masters_are_float32_where_networks_compute_in_bfloat16(engine: str, res
         )
         assert moved.dtype == torch.float32
         assert 2e-5 < float(moved.abs().max()) < 1.1e-4
+
+
+def test_a_sample_without_a_score_is_left_out_on_all_ranks(results: Results) -> None:
+    """One of two pictures of each of rank 1's two batches."""
+    one, other = results["missing_scores"]
+    assert one["metrics"] == other["metrics"]
+    assert one["metrics"]["nonfinite/compressibility"] == 2 and one["metrics"]["nonfinite/clipscore"] == 0
+    assert one["metrics"]["advantage/zero_fraction"] >= 2 / 8
+    assert "'compressibility' gave scores that aren't finite" in one["notices"][0]
+    assert one["finite"] and other["finite"]
+
+
+def test_a_failing_scorer_stops_all_ranks_with_its_words(results: Results) -> None:
+    messages = [result["message"] for result in results["failing_scorer"]]
+    assert messages == ["rank 1: reward 'x': the reader is broken", "reward 'x': the reader is broken"]
+
+
+def test_a_reward_without_any_score_stops_all_ranks(results: Results) -> None:
+    for result in results["all_missing"]:
+        assert "'compressibility' gave no finite score for any of the epoch's 8 pictures" in result["message"]

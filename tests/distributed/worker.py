@@ -54,7 +54,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         engine.name: {name: tensor.clone() for name, tensor in engine.gather(engine.masters.pieces("master"))}
         for engine in engines
     }
-    stage.roles.close()
+    stage.close()
     return {"gradients": gradients, "weights": weights, "metrics": metrics}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rtdmd.errors import UserError
 from rtdmd.recipe import check_recipe, load_recipe
@@ -96,6 +97,16 @@ def test_ranges(write_recipe: Write, override: str, words: str) -> None:
     assert line.startswith(override.partition("=")[0])
 
 
+def test_the_documented_example_is_sound(write_recipe: Write) -> None:
+    text = Path("docs/rewards_in_training.md").read_text(encoding="utf-8")
+    example = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    overrides = [
+        f"{key}={json.dumps(example[key])}" for key in ("rewards", "monitor_rewards", "reward_workers")
+    ]
+    overrides += [f"rtdmd.{key}={json.dumps(value)}" for key, value in example["rtdmd"].items()]
+    check(write_recipe(), *overrides)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -103,6 +114,34 @@ def test_ranges(write_recipe: Write, override: str, words: str) -> None:
         ("rewards.0.name=clipscor", "rewards.0.name = 'clipscor': unknown reward; did you mean 'clipscore'?"),
         ("rewards=[{name: clipscore},{name: clipscore}]", "also rewards.0; keep one"),
         ("rewards.0.weight=-1", "write 0 (only logged) or more"),
+        (
+            "rtdmd.stop_when=[{metric: reward/clipscor, drop: 0.1}]",
+            "rtdmd.stop_when.0.metric = 'reward/clipscor': not logged; did you mean 'reward/clipscore'?",
+        ),
+        ("rtdmd.stop_when=[{metric: monitor/pickscore, drop: 0.1}]", "not logged"),
+        ("rtdmd.stop_when=[{metric: image/diversity, drop: -1}]", "write 0 or more"),
+        ("rtdmd.stop_when=[{metric: image/diversity, drop: 0, patience: -1}]", "write 0 or more epochs"),
+        ("rtdmd.stop_when=[{metric: image/diversity, drop: 0, window: 0}]", "write at least 1"),
+        ("monitor_rewards=[{name: clipscore}]", "also rewards.0; it is logged already"),
+        ("monitor_rewards=[{name: pickscor}]", "monitor_rewards.0.name = 'pickscor': unknown reward"),
+        ("monitor_rewards=[{name: pickscore, weight: 2}]", "never trained on; leave weight and clip out"),
+        ("monitor_rewards=[{name: compressibility, weights: a/b}]", "monitor_rewards.0.weights = 'a/b'"),
+        ("rtdmd.monitor_every=0", "write at least 1"),
+        ("rewards.0.url=127.0.0.1:8123", "write http://HOST:PORT"),
+        ("rewards.0.url=http://user:word@host:1", "write http://HOST:PORT"),
+        ("rewards=[{name: clipscore, url: 'http://h:1', retries: -1}]", "write 0 or more"),
+        ("rewards=[{name: clipscore, url: 'http://h:1', timeout_seconds: 0}]", "write a number above 0"),
+        ("rewards=[{name: clipscore, url: 'http://h:1', token_file: /nowhere}]", "cannot be read"),
+        (
+            "rewards=[{name: clipscore, url: 'http://h:1', timeout_seconds: 600, retries: 2}]",
+            "a request may take 1800 s, and the run is taken for stuck after timeout_seconds = 1800",
+        ),
+        ("rewards.0.token_file=/nowhere", "goes with a url; leave it out"),
+        ("rewards.0.url=http://127.0.0.1:8123", "no reward of the recipe has a gradient"),
+        ("reward_workers=-1", "write 0 or more"),
+        ("rewards.0.clip=[1]", "rewards.0.clip = [1]: write [low, high]"),
+        ("rewards.0.clip=[1,1]", "write [low, high] with low < high"),
+        ("rtdmd.reward_backprop.statistics_decay=1", "write a number in [0, 1)"),
         ("rewards.0.weight=0", "at least one reward with a weight above 0"),
         ("rtdmd.reward_backprop.rewards=[pickscore]", "not among the recipe's rewards"),
         ("rtdmd.reward_backprop.rewards=[clipscore,clipscore]", "named twice"),
@@ -124,6 +163,10 @@ def test_a_reward_without_gradient_cannot_be_back_propagated(write_recipe: Write
     line = the_fault(write_recipe(), rewards, "rtdmd.reward_backprop.rewards=[compressibility]")
     assert "rtdmd.reward_backprop.rewards.0 = 'compressibility': this reward has no gradient" in line
     check(write_recipe(), "rewards=[{name: compressibility}]", "rtdmd.reward_backprop.weight=0")
+    remote = "rewards=[{name: clipscore},{name: pickscore, url: 'http://127.0.0.1:8123', weights: a/b}]"
+    line = the_fault(write_recipe(), remote, "rtdmd.reward_backprop.rewards=[pickscore]")
+    assert "a reward at a url has no gradient; choose from ['clipscore']" in line
+    check(write_recipe(), remote)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +273,9 @@ def test_prompts_that_a_reward_cannot_score(write_recipe: Write, tmp_path: Path)
     assert "rewards.1 (ocr) cannot use 3 of 4 prompts: prompt 'a dog'" in line
     check(write_recipe(), prompts)
     check(write_recipe(), prompts, rewards % "geneval", "rtdmd.prompts.limit=1")
+    assert "monitor_rewards.0 (ocr) cannot use 3 of 4" in the_fault(
+        write_recipe(), prompts, "monitor_rewards=[{name: ocr}]"
+    )
     # The cold start scores nothing, and a hub's prompts are not looked up.
     check(write_recipe(), rewards % "geneval", f"cold_start.prompts.source={source}")
     check(write_recipe(), prompts, rewards % "geneval", stages=["cold_start"])

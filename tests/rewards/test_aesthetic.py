@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPModel
 from transformers.models.clip import CLIPImageProcessorPil
 
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.aesthetic import AestheticReward
@@ -161,9 +161,8 @@ def test_missing_and_damaged_files_are_refused(tiny_aesthetic, tmp_path):
         _load(folder)
 
 
-def test_a_score_that_is_not_finite_stops_the_run(tiny_aesthetic):
+def test_a_score_that_is_not_finite_is_handed_on(tiny_aesthetic):
     reward = _load(tiny_aesthetic)
     with torch.no_grad():
         reward.head.layers[0].weight.fill_(float("nan"))
-    with pytest.raises(TrainingHalted, match="'aesthetic' gave nan"):
-        _score(reward, _images(1))
+    assert _score(reward, _images(1)).isnan().all()

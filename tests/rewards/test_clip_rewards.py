@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip import CLIPImageProcessorPil
 
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.clip import ClipEncoder, ClipInput, ClipReward
@@ -161,12 +161,11 @@ def test_the_network_is_frozen(tiny_clip):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_score_that_is_not_finite_stops_the_run(tiny_clip):
+def test_a_score_that_is_not_finite_is_handed_on(tiny_clip):
     encoder = _encoder(tiny_clip)
     with torch.no_grad():
         encoder.model.visual_projection.weight.fill_(float("nan"))
-    with pytest.raises(TrainingHalted, match="'clipscore' gave nan for the prompt 'a red circle'"):
-        ClipReward("clipscore", encoder, 100.0).score(_images(1), PROMPTS[:1], [{}])
+    assert ClipReward("clipscore", encoder, 100.0).score(_images(1), PROMPTS[:1], [{}]).isnan().all()
 
 
 def _copy(folder: Path, target: Path) -> Path:

@@ -11,7 +11,7 @@ from tiny_qwen import qwen_vl_tokenizer
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import REWARDS, load_rewards
 from rtdmd.rewards.geneval2_rules import Question, questions
@@ -269,9 +269,8 @@ def test_pictures_of_a_wrong_range_are_refused(tiny_geneval2):
         _score(_load(tiny_geneval2), _images(1) - 0.5)
 
 
-def test_a_score_that_is_not_finite_stops_the_run(tiny_geneval2):
+def test_a_score_that_is_not_finite_is_handed_on(tiny_geneval2):
     reward = _load(tiny_geneval2)
     with torch.no_grad():
         reward.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(TrainingHalted, match="'geneval2' gave nan for the prompt 'two red circles'"):
-        _score(reward, _images(1))
+    assert _score(reward, _images(1)).isnan().all()

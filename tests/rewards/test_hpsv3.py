@@ -12,7 +12,7 @@ from tiny_qwen import qwen_vl_tokenizer
 from transformers import Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.hpsv3 import INSTRUCTION, published_config, states_from_hpsv3
@@ -217,9 +217,8 @@ def test_pictures_of_a_wrong_range_are_refused(tiny_hpsv3):
         _score(_load(tiny_hpsv3), _images(1) * 255)
 
 
-def test_a_score_that_is_not_finite_stops_the_run(tiny_hpsv3):
+def test_a_score_that_is_not_finite_is_handed_on(tiny_hpsv3):
     reward = _load(tiny_hpsv3)
     with torch.no_grad():
         reward.model.language_model.norm.weight.fill_(float("nan"))
-    with pytest.raises(TrainingHalted, match="'hpsv3' gave nan for the prompt 'a red circle'"):
-        _score(reward, _images(1))
+    assert _score(reward, _images(1)).isnan().all()

@@ -9,7 +9,7 @@ from originals import BERT_WORDS, OPENAI_MEAN, OPENAI_STD
 from transformers import BlipTextModel, BlipVisionModel
 from transformers.models.clip import CLIPImageProcessorPil
 
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.imagereward import blip_states_from_image_reward, published_config
@@ -188,9 +188,8 @@ def test_a_vocabulary_of_another_size_is_refused(tiny_imagereward, tmp_path):
         _load(folder)
 
 
-def test_a_score_that_is_not_finite_stops_the_run(tiny_imagereward):
+def test_a_score_that_is_not_finite_is_handed_on(tiny_imagereward):
     reward = _load(tiny_imagereward)
     with torch.no_grad():
         reward.text.embeddings.LayerNorm.weight.fill_(float("nan"))
-    with pytest.raises(TrainingHalted, match="'imagereward' gave nan for the prompt 'A red circle'"):
-        _score(reward, _images(1))
+    assert _score(reward, _images(1)).isnan().all()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rtdmd.errors import UserError
+from rtdmd.errors import TrainingHalted, UserError
 from rtdmd.recipe.schema import RewardSection
 from rtdmd.rewards import REWARDS, load_rewards
+from rtdmd.rewards.validation import check_scores
 
 CPU = torch.device("cpu")
 
@@ -120,6 +121,14 @@ def test_unfit_images_are_refused(images, message):
 def test_metadata_must_match_too():
     with pytest.raises(ValueError, match="1 images, 1 prompts, 0 rows"):
         _compressibility().score(torch.zeros(1, 3, 8, 8), ["a"], [])
+
+
+def test_scores_are_one_per_prompt_finite_or_not():
+    scores = torch.tensor([0.5, float("nan")])
+    assert check_scores("x", scores, ["a", "b"]) is scores
+    for shape in ([3], [2, 1], []):
+        with pytest.raises(TrainingHalted, match="'x' gave scores"):
+            check_scores("x", torch.zeros(shape), ["a", "b"])
 
 
 def test_a_thousandth_outside_is_tolerated():

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import Piece
 from rtdmd.errors import UserError
-from rtdmd.training.checkpoint import CheckpointStore, read_progress
+from rtdmd.runs import read_progress
+from rtdmd.training.checkpoint import CheckpointStore
 from tests.distributed.launch import free_port
 
 
@@ -85,6 +86,24 @@ def test_only_the_newest_are_kept(tmp_path: Path, ranks: Ranks) -> None:
     for step in (1, 2, 3):
         write(tmp_path, cut(torch.randn(4), [0, 4]), ranks, step=step)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_best_is_kept_however_old(tmp_path: Path, ranks: Ranks, keep: int) -> None:
+    store = CheckpointStore(tmp_path, ranks, keep)
+    state = {"generator": {"master": [Piece("w", 0, torch.ones(4))]}}
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
+        store.save(step, state, {}, [], best)
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == (
+        ["step-000002", "step-000005"] if keep == 1 else ["step-000002", "step-000004", "step-000005"]
+    )
+    assert (tmp_path / "best").read_text() == "step-000002"
+    assert store.at(2) == tmp_path / "step-000002" and store.at(3) is None
+    store.save(6, state, {}, [], 6)
+    assert store.at(2) is None and (tmp_path / "best").read_text() == "step-000006"
+    store.save(7, state, {}, [], None)
+    assert not (tmp_path / "best").exists()
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -13,14 +13,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from rtdmd.cli import main
+from rtdmd.recipe import load_recipe
+from rtdmd.runs import read_progress
+from rtdmd.training.run import is_complete
 from tests.distributed.launch import ROOT, free_port, run_ranks
 
 ITERATIONS, EPOCHS = 4, 2
@@ -47,6 +54,10 @@ def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
         "evaluation.sets=[{name: words, prompts: {source: recipes/demo_prompts.txt, limit: 3}}]",
         "evaluation.num_images_per_prompt=2",
         "evaluation.batch_size=2",
+        "rtdmd.reward_backprop.standardize=true",
+        f"monitor_rewards=[{{name: pickscore, weights: {clip}}}]",
+        "rtdmd.monitor_every=1",
+        "rtdmd.stop_when=[{metric: monitor/pickscore, drop: 100, window: 1}]",
         *extra,
     ]
 
@@ -118,17 +129,66 @@ def test_scores_during_training_are_those_of_evaluate(straight: Path, tmp_path: 
     assert len(found) == 4
 
 
-def test_stopped_and_resumed_equals_straight(
-    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
-) -> None:
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_flux2: Path, tiny_clip: Path) -> Path:
     """Stops within stage 1 between two generator updates, and within stage 2; the middle launch crosses
     the hand-over."""
-    run = tmp_path / "resumed"
+    run = tmp_path_factory.mktemp("runs") / "resumed"
     for steps in ("3", "2"):
         done = run_ranks([*arguments(run, tiny_flux2, tiny_clip), "--max-steps", steps], 2)
         assert "the same command goes on" in done[0].stdout
     run_ranks(arguments(run, tiny_flux2, tiny_clip), 2)
-    assert_same_run(straight, run)
+    return run
+
+
+def test_stopped_and_resumed_equals_straight(straight: Path, resumed: Path) -> None:
+    assert_same_run(straight, resumed)
+
+
+def test_statistics_and_rules_go_on_where_they_were(straight: Path, resumed: Path) -> None:
+    states = [read_progress(run / f"rtdmd/checkpoints/step-{EPOCHS:06d}") for run in (straight, resumed)]
+    assert states[0] == states[1]
+    assert states[0]["stage"]["combination"]["clipscore"]["total_weight"] == pytest.approx(1.9)
+    assert len(states[0]["stage"]["alarms"]["histories"]["monitor/pickscore"]) == EPOCHS
+    assert states[0]["stopping"]["best_step"] == EPOCHS  # the only one that was due
+
+
+def test_a_rule_ends_the_stage_with_the_best_generator(
+    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    """The run ends at the first epoch whose reward is below the best before it."""
+    run = tmp_path / "ended"
+    shutil.copytree(straight / "cold_start", run / "cold_start")
+    rule = "rtdmd.stop_when=[{metric: reward/compressibility, drop: 0, patience: 0, window: 1}]"
+    more = ("rtdmd.epochs=30", "rtdmd.checkpoint_every=1", "reward_workers=1")
+    command = arguments(run, tiny_flux2, tiny_clip, rule, *more)
+    run_ranks([*command, "--stage", "rtdmd"], 2)
+    rewards = [record["reward/compressibility"] for record in metrics(run)]
+    last, best = len(rewards), rewards.index(max(rewards)) + 1
+    assert last < 30 and all(later > earlier for earlier, later in pairwise(rewards[:-1]))
+    assert rewards[-1] < max(rewards)
+    folder = run / "rtdmd"
+    assert (folder / "checkpoints/latest").read_text() == f"step-{last:06d}"
+    assert (folder / "checkpoints/best").read_text() == f"step-{best:06d}"
+    ending = json.loads((folder / "ended.json").read_text())
+    assert (ending["step"], ending["best_step"]) == (last, best)
+
+    handed, kept, latest = (
+        torch.load(folder / f"generator_ema{suffix}.pt", weights_only=True)
+        for suffix in ("", ".best", ".last")
+    )
+    assert all(torch.equal(handed[key], kept[key]) for key in kept)
+    assert any(not torch.equal(handed[key], latest[key]) for key in latest)
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert sum(float(value.sum()) for value in lora.values()) == pytest.approx(
+        sum(float(value.sum()) for value in handed.values()), rel=1e-4
+    )
+    recipe = load_recipe("recipes/demo.yaml", command[2:])
+    assert is_complete("rtdmd", recipe, run)
+    (folder / "ended.json").unlink()
+    assert not is_complete("rtdmd", recipe, run)
+    goes_on = load_recipe("recipes/demo.yaml", [*command[2:], "rtdmd.stop_when=[]"])
+    assert not is_complete("rtdmd", goes_on, run)
 
 
 def test_files_that_are_missing_are_written_again(
@@ -201,10 +261,9 @@ def test_resuming_on_another_number_of_ranks_and_another_zero_stage(
             torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_sigterm_saves_and_says_that_it_was_interrupted(
-    tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
-) -> None:
-    run = tmp_path / "terminated"
+@contextmanager
+def one_rank(command: list[str], output: Path) -> Iterator[subprocess.Popen[str]]:
+    """The training script as the only rank; what it prints goes to a file."""
     environment = os.environ | {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -213,19 +272,65 @@ def test_sigterm_saves_and_says_that_it_was_interrupted(
         "MASTER_PORT": str(free_port()),
         "DS_ACCELERATOR": "cpu",
     }
-    command = [
-        sys.executable,
-        *arguments(run, tiny_flux2, tiny_clip, "cold_start.iterations=10000", "rtdmd.sample_batch_size=4"),
-    ]
-    with open(tmp_path / "output", "w+") as output:
+    with open(output, "w+") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.2)
+        yield process
+        process.kill()  # does nothing to one that has ended
+
+
+def wait_for_a_step(run: Path, process: subprocess.Popen[str], output: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.2)
+
+
+def test_sigterm_saves_and_says_that_it_was_interrupted(
+    tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    run, output = tmp_path / "terminated", tmp_path / "output"
+    endless = ("cold_start.iterations=10000", "rtdmd.sample_batch_size=4")
+    with one_rank(arguments(run, tiny_flux2, tiny_clip, *endless), output) as process:
+        wait_for_a_step(run, process, output)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 75, (tmp_path / "output").read_text()
+        assert process.wait(120) == 75, output.read_text()
     steps = len(metrics(run))
     assert (run / "cold_start/checkpoints/latest").read_text() == f"step-{steps:06d}"
+
+
+def test_a_reward_server_that_is_killed_stops_the_run(
+    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    run, output = tmp_path / "remote", tmp_path / "output"
+    shutil.copytree(straight / "cold_start", run / "cold_start")
+    serve = [sys.executable, "-m", "rtdmd.cli", "serve-rewards", "--reward", "compressibility", "--port", "0"]
+    with subprocess.Popen(serve, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        words = server.stdout.readline().split()
+        assert words[:3] == ["serving", "compressibility", "at"]
+        local = f"{{name: clipscore, weights: {tiny_clip}}}"
+        remote = f"{{name: compressibility, url: '{words[3]}', retries: 1}}"
+        endless = (
+            f"rewards=[{local},{remote}]",
+            "rtdmd.epochs=10000",
+            "rtdmd.sample_every=10000",
+            "rtdmd.checkpoint_every=10000",
+            "rtdmd.sample_batch_size=4",
+            "cold_start.batch_size=4",
+        )
+        command = [*arguments(run, tiny_flux2, tiny_clip, *endless), "--stage", "rtdmd"]
+        with one_rank(command, output) as process:
+            wait_for_a_step(run, process, output)
+            server.kill()
+            assert process.wait(120) == 3, output.read_text()
+    said = output.read_text()
+    assert f"reward 'compressibility' at {words[3]}: no answer after 2 tries" in said
+    assert "rtdmd serve-rewards --reward compressibility" in said and "Traceback" not in said
+    assert all(record["nonfinite/compressibility"] == 0 for record in metrics(run))

@@ -1,0 +1,59 @@
+"""What the RTDMD stage keeps of its rollouts until the epoch's updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rtdmd.models.protocol import TextEmbeddings
+from rtdmd.rollout import Trajectory
+from rtdmd.stages.rewarding import Captions
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rollout leaves behind for training, of B samples."""
+
+    indices: list[int]  # global sample indices of the epoch
+    prompt_ids: list[int]
+    captions: Captions
+    text: TextEmbeddings  # of the distinct prompts
+    text_rows: list[int]  # each sample's row in `text`
+    trajectory: Trajectory
+    log_probs: dict[int, Tensor]  # rollout log-probability of each drawn step, [B]
+
+    def __getitem__(self, part: slice) -> Record:
+        moving = self.trajectory
+        return Record(
+            self.indices[part],
+            self.prompt_ids[part],
+            self.captions[part],
+            self.text,
+            self.text_rows[part],
+            Trajectory(moving.sigmas, [x[part] for x in moving.states], [v[part] for v in moving.velocities]),
+            {step: value[part] for step, value in self.log_probs.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, size: int) -> list[Record]:
+        return [self[slice(start, start + size)] for start in range(0, len(self), size)]
+
+    @property
+    def sample_text(self) -> TextEmbeddings:
+        return self.text[self.text_rows]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A micro-batch of the generator update with advantages and weights [B].
+
+    ``share`` turns this rank's weighted mean into its part of the mean over all ranks.
+    """
+
+    record: Record
+    advantages: Tensor
+    weights: Tensor
+    share: Tensor
