@@ -32,6 +32,8 @@ from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema
 from rtdmd.training.loop import StageRun
+from rtdmd.training.previews import Previews
+from rtdmd.training.stopping import StopRules
 
 CONVERGENCE_ITERATIONS = 1500
 PROBES = 16  # batches on which velocities are compared
@@ -44,7 +46,8 @@ def resume_cold_start(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog) -
     assert isinstance(stage, ColdStart)
     store = CheckpointStore(run / "cold_start" / "checkpoints", ranks, recipe.keep_checkpoints)
     ema = Ema(stage.roles.generator.engine, recipe.cold_start.ema_decay, warmup=False)
-    StageRun(stage=stage, ema=ema, store=store, previews=None, recipe=recipe, ranks=ranks, run=run).resume()  # type: ignore[arg-type]
+    previews = Previews([], stage.family, stage.few, recipe.seed, ranks)
+    StageRun(stage, ema, store, previews, None, recipe, ranks, run, StopRules([])).resume()
     return stage
 
 
@@ -94,7 +97,7 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
     """tr Cov(g)/‖E g‖² of an epoch's policy gradient g, over ``epochs`` of equal size; smaller is better."""
     cold = run / "cold_start"
     hand_over = HandOver(cold / "generator_ema.pt", cold / "fake_score.pt")
-    found = {}
+    found: dict[str, float] = {}
     for label, steps, shared in (
         ("1 step", 1, True),
         ("2 steps", 2, True),

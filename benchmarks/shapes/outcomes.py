@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtdmd.models.guidance import predict_guided_velocity
-from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+from rtdmd.models.protocol import ModelFamily, Network
 from rtdmd.randomness import Draws
-from rtdmd.rollout import FewSteps, rollout
+from rtdmd.rollout import rollout
 from rtdmd.shapes.captions import Caption
 from rtdmd.shapes.verifier import Verdict, verify
 
@@ -36,7 +36,7 @@ def euler(num_steps: int, guidance_scale: float) -> Sampler:
 @torch.no_grad()
 def paint_many(
     family: ModelFamily,
-    network: nn.Module,
+    network: Network,
     prompts: Sequence[str],
     sampler: Sampler,
     *,
@@ -44,42 +44,27 @@ def paint_many(
     chunk: int = 256,
 ) -> Tensor:
     """Pictures [N, 3, 64, 64] in [0, 1], float32; noise is a function of (seed, number of the prompt)."""
-    device = next(network.parameters()).device
-    draws = Draws(seed, "outcomes")
-    few = FewSteps(sampler.sigmas, sampler.eta, family.latent_shape(SIZE, SIZE))
     unconditional = family.encode_prompts([""])
-    parts = []
-    for start in range(0, len(prompts), chunk):
-        indices = list(range(start, min(start + chunk, len(prompts))))
+    device = next(iter(unconditional.tensors.values())).device
+    draws, shape = Draws(seed, "outcomes"), family.latent_shape(SIZE, SIZE)
+
+    def paint(indices: list[int]) -> Tensor:
         text = family.encode_prompts([prompts[index] for index in indices])
-        parts.append(
-            _paint(family, network, few, sampler.guidance_scale, text, unconditional, draws, indices, device)
-        )
-    return torch.cat(parts)
+        initial = draws.normal(0, "initial", indices, shape, device)
 
+        def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
+            scale = sampler.guidance_scale
+            return predict_guided_velocity(family, network, x, sigma, text, unconditional, scale)
 
-def _paint(
-    family: ModelFamily,
-    network: nn.Module,
-    few: FewSteps,
-    guidance_scale: float,
-    text: TextEmbeddings,
-    unconditional: TextEmbeddings,
-    draws: Draws,
-    indices: list[int],
-    device: torch.device,
-) -> Tensor:
-    def noise(purpose: str) -> Tensor:
-        return draws.normal(0, purpose, indices, few.latent_shape, device)
+        def step_noise(step: int) -> Tensor:
+            if sampler.eta == 0:
+                return torch.zeros_like(initial)
+            return draws.normal(0, f"transition{step}", indices, shape, device)
 
-    def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
-        return predict_guided_velocity(family, network, x, sigma, text, unconditional, guidance_scale)
+        return family.decode(rollout(velocity, initial, sampler.sigmas, sampler.eta, step_noise).final)
 
-    def step_noise(step: int) -> Tensor:
-        return noise(f"transition{step}") if few.eta > 0 else torch.zeros_like(initial)
-
-    initial = noise("initial")
-    return family.decode(rollout(velocity, initial, few.sigmas, few.eta, step_noise).final)
+    numbers = range(len(prompts))
+    return torch.cat([paint(list(numbers[start : start + chunk])) for start in numbers[::chunk]])
 
 
 def judge(images: Tensor, captions: Sequence[Caption]) -> list[Verdict]:

@@ -3,8 +3,9 @@
   python -m benchmarks.shapes.study train --out runs/study --seeds 0 1 2 --parallel 6
   python -m benchmarks.shapes.study measure --out runs/study --seeds 0 1 2
 
-``train`` goes on where it was stopped. Runs are ``train_ds.py`` with overrides, one process each, ``--parallel``
-of them at a time on each GPU (they are small: the GPU waits for the host). Logs are beside the runs.
+``train`` goes on where it was stopped. Runs are ``train_ds.py`` with overrides, one process each,
+``--parallel`` of them at a time on each GPU (they are small: the GPU waits for the host). Logs are beside the
+runs.
 """
 
 from __future__ import annotations

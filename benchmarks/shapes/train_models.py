@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ class Plan:
     measured_steps: tuple[int, ...] = (4, 50)
     teacher_until: float | None = None  # seconds after the start
     out: Path = Path("data/shapes")
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def drawings(self, part: str) -> list[tuple[int, int, Split, int, Mapping[str, float]]]:
         """What a part is made of, as arguments of ``draw``."""

@@ -1,0 +1,109 @@
+"""One setting of recipes/shapes.yaml for so many seconds a stage, measured on the way: for choosing settings.
+
+  python -m benchmarks.shapes.sweep NAME --seconds 120 120 [key=value …] >> sweep.jsonl
+
+Both stages run in this process, stage 2 from the average that stage 1 has reached; nothing is saved. A line of
+JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
+average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.shapes import outcomes
+from benchmarks.shapes.measure import Judges
+from benchmarks.shapes.outcomes import Sampler
+from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
+from rtdmd.distributed.guard import CallLog
+from rtdmd.distributed.masters import MASTER
+from rtdmd.recipe import load_checked
+from rtdmd.recipe.schema import Recipe
+from rtdmd.stages.assemble import HandOver, Stage, build_stage
+from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_state_dict
+from rtdmd.training.ema import Ema
+
+RECIPE = "recipes/shapes.yaml"
+
+
+class Sweep:
+    """A setting's two stages, with a limit of seconds each."""
+
+    def __init__(self, name: str, recipe: Recipe, ranks: Ranks, captions: int, every: float) -> None:
+        self._name, self._recipe, self._ranks, self._every = name, recipe, ranks, every
+        self._judges = Judges.load("validation", captions, ranks.device)
+
+    def run(self, stage_name: str, hand_over: HandOver, seconds: float, folder: Path) -> HandOver:
+        """Train for ``seconds``, or as long as the recipe says; what the stage leaves."""
+        stage = build_stage(stage_name, self._recipe, self._ranks, CallLog(self._ranks), hand_over)
+        ema = Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=stage_name == "rtdmd")
+        start = measured = time.monotonic()
+        self._measure(stage, ema, 0, 0.0)
+        spent = time.monotonic() - start  # measuring doesn't count
+        step = 0
+        while step < stage.num_steps and time.monotonic() - start - spent < seconds:
+            report = stage.step(step)
+            step += 1
+            if report.generator_updated:
+                ema.update()
+            if time.monotonic() - measured > self._every:
+                before = time.monotonic()
+                self._measure(stage, ema, step, before - start - spent)
+                measured = time.monotonic()
+                spent += measured - before
+        self._measure(stage, ema, step, time.monotonic() - start - spent)
+        left = HandOver(folder / GENERATOR_FILE, folder / FAKE_SCORE_FILE)
+        generator, fake = stage.roles.generator.engine, stage.roles.fake_score.engine
+        assert left.generator is not None and left.fake_score is not None
+        save_state_dict(generator.gather(ema.pieces), left.generator, self._ranks)
+        save_state_dict(fake.gather(fake.masters.pieces(MASTER)), left.fake_score, self._ranks)
+        stage.roles.close()
+        return left
+
+    def _measure(self, stage: Stage, ema: Ema, step: int, seconds: float) -> None:
+        engine = stage.roles.generator.engine
+        with engine.weights_from(ema.pieces):
+            images = outcomes.paint_many(
+                stage.family,
+                engine,
+                self._judges.prompts,
+                Sampler(stage.few.sigmas, stage.few.eta),
+                seed=0,
+            )
+        found = {key: round(value, 4) for key, value in self._judges.measure(images).items()}
+        record = {"name": self._name, "stage": stage.name, "step": step, "seconds": round(seconds, 1)} | found
+        print(json.dumps(record), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--seconds", type=float, nargs=2, default=[120.0, 120.0], help="of either stage")
+    parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--every", type=float, default=30.0, help="seconds between measurements")
+    options = parser.parse_intermixed_args()
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    recipe, stages = load_checked(RECIPE, options.overrides, world_size=1)
+    torch.set_float32_matmul_precision("high")
+    ranks = start_ranks(3600)
+    sweep = Sweep(options.name, recipe, ranks, options.captions, options.every)
+    left = HandOver()
+    with tempfile.TemporaryDirectory() as folder:
+        for stage, seconds in zip(stages, options.seconds, strict=False):
+            left = sweep.run(stage, left, seconds, Path(folder) / stage)
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
