@@ -115,7 +115,7 @@ class _Contrast(torch.nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, tokens: Tensor, wrong: Tensor, same: Tensor) -> Tensor:
-        """images [B, 3, H, W], tokens [B, L], wrong [B, K, L]; ``same`` [B, B] marks captions that are equal."""
+        """images [B, 3, H, W], tokens [B, L], wrong [B, K, L]; ``same`` [B, B] marks equal captions."""
         pictures = embed_images(self.model, images)
         captions, others = embed_tokens(self.model, torch.cat([tokens, wrong.flatten(0, 1)])).split(
             [len(tokens), wrong.shape[0] * wrong.shape[1]]

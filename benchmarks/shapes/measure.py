@@ -22,6 +22,7 @@ from benchmarks.shapes import outcomes
 from benchmarks.shapes.outcomes import Sampler
 from benchmarks.shapes.pictures import to_unit
 from rtdmd.evaluation.distances import frechet_distance
+from rtdmd.evaluation.statistics import by_stratum
 from rtdmd.recipe import load_for_sampling
 from rtdmd.rewards.clip import ClipEncoder
 from rtdmd.sample import Painter, SampleOptions, build_painter, pick_device
@@ -61,17 +62,27 @@ class Judges:
         return [caption.text for caption in self.captions]
 
     @torch.no_grad()
-    def measure(self, images: Tensor) -> dict[str, float]:
-        """Numbers of pictures [N, 3, 64, 64] in [0, 1], one for each caption."""
-        device = self.references.device
+    def score(self, images: Tensor) -> dict[str, list[float]]:
+        """The judge's verdict (0 or 1) and both CLIPs' rewards of pictures [N, 3, 64, 64], one a caption."""
         verdicts = outcomes.judge(images, self.captions)
-        accuracy = outcomes.accuracy(verdicts, self.captions)
-        found = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
+        found = {"accuracy": [float(verdict.correct) for verdict in verdicts]}
         for name, encoder in (("clip", self.reward), ("monitor_clip", self.monitor)):
-            pictures = features(encoder, images, device)
+            pictures = features(encoder, images, self.references.device)
             scores = (pictures * encoder.text_features(self.prompts)).sum(-1) * encoder.logit_scale / 100
-            found[name] = scores.mean().item()
-        found["frechet"] = frechet_distance(features(self.reward, images, device), self.references)
+            found[name] = scores.tolist()
+        return found
+
+    def measure(self, images: Tensor) -> dict[str, float]:
+        """Means of :meth:`score`, accuracy by kind, and how the pictures are distributed."""
+        scores = self.score(images)
+        found = {name: sum(values) / len(values) for name, values in scores.items()}
+        kinds = [caption.kind for caption in self.captions]
+        found |= {
+            f"accuracy/{kind}": float(values.mean())
+            for kind, values in sorted(by_stratum(scores["accuracy"], kinds).items())
+        }
+        pictures = features(self.reward, images, self.references.device)
+        found["frechet"] = frechet_distance(pictures, self.references)
         found["background_entropy"] = background_entropy(images)
         return found
 

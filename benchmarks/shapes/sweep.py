@@ -2,8 +2,8 @@
 
   python -m benchmarks.shapes.sweep NAME --seconds 120 120 [key=value …] >> sweep.jsonl
 
-Both stages run in this process, stage 2 from the average that stage 1 has reached; nothing is saved. A line of
-JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
+Both stages run in this process, stage 2 from the average that stage 1 has reached; nothing is saved. A line
+of JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
 average.
 """
 
