@@ -96,10 +96,10 @@ class Painter:
         """Standard normal latents [B, C, H, W], a function of (seed, purpose, prompt, image number) each."""
         numbers = [0] * len(prompts) if image_numbers is None else image_numbers
         rows = [
-            self.draws.normal(number, purpose, [prompt], self.few.latent_shape)
+            self.draws.normal(number, purpose, [prompt], self.few.latent_shape, self.device)
             for prompt, number in zip(prompts, numbers, strict=True)
         ]
-        return torch.cat(rows).to(self.device)
+        return torch.cat(rows)
 
 
 def build_painter(recipe: Recipe, options: SampleOptions, device: torch.device) -> Painter:

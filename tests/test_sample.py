@@ -116,7 +116,10 @@ def test_prompts_from_a_file_and_from_standard_input(
     assert main([*arguments, str(tmp_path / "read"), "--prompts", str(file)]) == 0
     piped, read = (sorted((tmp_path / name).iterdir()) for name in ("piped", "read"))
     assert [path.name for path in piped] == [path.name for path in read[:3]]
-    assert [path.read_bytes() for path in piped] == [path.read_bytes() for path in read[:3]]
+    for one, other in zip(piped, read[:3], strict=True):
+        # A batch of another size rounds otherwise: a pixel here and there moves to the next of 256 levels.
+        levels = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other))
+        assert np.abs(levels).max() <= 1
 
 
 def test_teacher_is_the_stock_pipeline_with_guidance(world: World, tmp_path: Path) -> None:

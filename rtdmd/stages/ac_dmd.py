@@ -49,9 +49,9 @@ class AmbientMatching:
     def _sigma_t(self, samples: Samples, purpose: str) -> Tensor:
         """t ~ U[1000·s + interval, 1000] in timesteps, clamped to the range, as sigma [B]."""
         lowest = 1000 * samples.sigma + self._settings.min_interval_timesteps
-        uniform = self._draws.uniform(samples.step, purpose, samples.indices)
+        uniform = self._draws.uniform(samples.step, purpose, samples.indices, samples.states.device)
         timesteps = (lowest + uniform * (1000 - lowest)).clamp(*self._settings.timestep_range)
-        return (timesteps / 1000).to(samples.states.device)
+        return timesteps / 1000
 
     def fake_score_loss(self, fake: VelocityFn, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """Ambient denoising score matching plus the consistency regulariser.
@@ -70,7 +70,7 @@ class AmbientMatching:
             return ambient, metrics
 
         back = self._draws.integers(
-            samples.step, "fake/delta", samples.indices, 1, settings.consistency_max_timesteps
+            samples.step, "fake/delta", samples.indices, 1, settings.consistency_max_timesteps, t.device
         )
         earlier = (t - back.to(t) / 1000).clamp_min(0.0)
         with torch.no_grad():
