@@ -59,7 +59,7 @@ def write_teacher(recipe: Recipe, device: torch.device, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     judges = Judges.load("test", NUM_SHIPPED, device)
     painter = build_painter(recipe, SampleOptions(teacher=True), device)
-    found = {}
+    found: dict[str, Any] = {}
     for name, sampler in TEACHERS.items():
         outcome, shown = measure(judges, painter, sampler)
         found[name] = asdict(outcome)
@@ -90,7 +90,7 @@ def read_teacher(folder: Path, prompts: Sequence[str]) -> dict[str, tuple[Outcom
     rows = {}
     for name, row in found.items():
         scores = {key: values[: len(prompts)] for key, values in row["scores"].items()}
-        picture = Image.open(folder / f"{_file_name(name)}.png")
+        picture = Image.open(folder / f"{_file_name(name)}.png").convert("RGB")
         rows[name] = (Outcome(row["nfe"], scores, row["means"]), picture)
     return rows
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Settings of the small world tried side by side, eight processes a GPU:  bash benchmarks/shapes/sweep_settings.sh OUT
-# Lines of JSON in OUT/sweep.jsonl.
+# Settings of the small world tried side by side, eight processes a GPU:  bash benchmarks/shapes/sweep_settings.sh OUT [SECONDS SECONDS]
+# Lines of JSON in OUT/sweep.jsonl; what the processes say in build/sweep.
 set -uo pipefail
 out=$1
 gpus=$(nvidia-smi -L | wc -l)
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-mkdir -p "$out"
+mkdir -p "$out" build/sweep
 number=0
 
 try() { # NAME COLD_SECONDS RTDMD_SECONDS key=value …
   local name=$1 cold=$2 rtdmd=$3
   shift 3
   MASTER_PORT=$((29500 + number)) CUDA_VISIBLE_DEVICES=$((number % gpus)) \
-    python3 -m benchmarks.shapes.sweep "$name" "$@" --seconds "$cold" "$rtdmd" >>"$out/sweep.jsonl" 2>>"$out/$name.txt" &
+    python3 -m benchmarks.shapes.sweep "$name" "$@" --seconds "$cold" "$rtdmd" >>"$out/sweep.jsonl" 2>"build/sweep/$name.txt" &
   number=$((number + 1))
 }
 
@@ -48,4 +48,4 @@ try f-rate "$cold" "$rtdmd" $large $(rates 5e-4 1e-3) cold_start.generator_every
   rtdmd.generator.learning_rate=1e-3 rtdmd.distribution_matching_weight=0.5
 wait
 wc -l "$out/sweep.jsonl"
-for file in "$out"/*.txt; do [ "$(grep -c Error "$file")" = 0 ] || { echo "$file"; tail -n 4 "$file"; }; done
+for file in build/sweep/*.txt; do [ "$(grep -c Error "$file")" = 0 ] || { echo "$file"; tail -n 4 "$file"; }; done
