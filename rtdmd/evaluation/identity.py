@@ -152,6 +152,7 @@ def reward_identity(rewards: list[RewardSection], features: str | None, digests:
         identity |= {
             f"{key}.weights": by_content(reward.weights),
             f"{key}.revision": reward.revision,
+            f"{key}.url": reward.url,
             f"{key}.mode": reward.mode,
         }
     return identity

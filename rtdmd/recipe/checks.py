@@ -7,14 +7,8 @@ from dataclasses import replace
 
 from rtdmd.recipe.checks_arithmetic import FAMILY_SIGMAS, check_arithmetic
 from rtdmd.recipe.checks_evaluation import check_evaluation
-from rtdmd.recipe.checks_files import (
-    check_engines,
-    check_models,
-    check_output,
-    check_readable,
-    check_source,
-    check_starts,
-)
+from rtdmd.recipe.checks_files import check_engines, check_models, check_output, check_starts
+from rtdmd.recipe.checks_rewards import check_reward
 from rtdmd.recipe.checks_values import (
     check_family,
     check_rewards,
@@ -122,18 +116,7 @@ def _check_rewards(report: Report, recipe: Recipe, *, runs_rtdmd: bool) -> None:
         report, recipe, {name: spec.differentiable for name, spec in REWARDS.items()}, runs_rtdmd=runs_rtdmd
     )
     for section, reward in reward_sections(recipe).items():
-        key, spec = f"{section}.weights", REWARDS.get(reward.name)
-        if spec is not None and reward.mode not in spec.modes:
-            advice = f"{reward.name} has no such mode; leave the key out"
-            report.fault(f"{section}.mode", reward.mode, advice)
-        if reward.token_file is not None and reward.url is not None and runs_rtdmd:
-            check_readable(report, f"{section}.token_file", reward.token_file)
-        if reward.weights is None or spec is None or not runs_rtdmd or reward.url is not None:
-            continue
-        if spec.default_weights is None:
-            report.fault(key, reward.weights, f"{reward.name} has no weights; leave the key out")
-        else:
-            check_source(report, key, reward.weights, needs=None)
+        check_reward(report, section, reward, is_used=runs_rtdmd)
 
 
 def _check_prompts(report: Report, recipe: Recipe, stages: Sequence[str]) -> None:

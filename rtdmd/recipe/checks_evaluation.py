@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rtdmd.errors import UserError, nearest_hint
-from rtdmd.recipe.checks_files import check_source
+from rtdmd.recipe.checks_rewards import check_reward
+from rtdmd.recipe.checks_values import check_remote
 from rtdmd.recipe.report import Report
-from rtdmd.recipe.schema import Recipe, RewardSection
+from rtdmd.recipe.schema import Recipe
 
 
 def check_evaluation(report: Report, recipe: Recipe, *, is_due: bool) -> None:
@@ -39,6 +40,8 @@ def check_evaluation(report: Report, recipe: Recipe, *, is_due: bool) -> None:
 
 def _check_rewards(report: Report, recipe: Recipe, is_due: bool) -> None:
     """The section's own rewards, or the recipe's in their place, whose faults may have been noted already."""
+    from rtdmd.rewards import REWARDS
+
     own = recipe.evaluation.rewards
     key, rewards = ("evaluation.rewards", own) if own else ("rewards", recipe.rewards)
     names = [reward.name for reward in rewards]
@@ -47,27 +50,12 @@ def _check_rewards(report: Report, recipe: Recipe, is_due: bool) -> None:
         if reward.name in names[:index]:
             first = f"{key}.{names.index(reward.name)}"
             found.fault(f"{key}.{index}.name", reward.name, f"also {first}; keep one")
-        _check_reward(found, f"{key}.{index}", reward, is_due)
+        elif reward.name not in REWARDS:
+            hint = nearest_hint(reward.name, sorted(REWARDS))
+            found.fault(f"{key}.{index}.name", reward.name, f"unknown reward{hint}")
+        check_remote(found, f"{key}.{index}", reward, recipe.timeout_seconds)
+        check_reward(found, f"{key}.{index}", reward, is_used=is_due)
     report.lines += [line for line in found.lines if line not in report.lines]
-
-
-def _check_reward(report: Report, key: str, reward: RewardSection, is_due: bool) -> None:
-    """Name, mode and weights; the weights' place only where they are about to be loaded."""
-    from rtdmd.rewards import REWARDS
-
-    spec = REWARDS.get(reward.name)
-    if spec is None:
-        hint = nearest_hint(reward.name, sorted(REWARDS))
-        report.fault(f"{key}.name", reward.name, f"unknown reward{hint}")
-        return
-    if reward.mode not in spec.modes:
-        report.fault(f"{key}.mode", reward.mode, f"{reward.name} has no such mode; leave the key out")
-    if reward.weights is None or not is_due:
-        return
-    if spec.default_weights is None:
-        report.fault(f"{key}.weights", reward.weights, f"{reward.name} has no weights; leave the key out")
-    else:
-        check_source(report, f"{key}.weights", reward.weights, needs=None)
 
 
 def _check_names(report: Report, key: str, names: Sequence[str]) -> None:

@@ -200,7 +200,7 @@ def check_rewards(
             advice = "it is logged already" if is_monitor else "keep one and give it the weight"
             report.fault(f"{key}.name", reward.name, f"also {first_keys[reward.name]}; {advice}")
         first_keys.setdefault(reward.name, key)
-        _check_remote(report, key, reward, recipe.timeout_seconds)
+        check_remote(report, key, reward, recipe.timeout_seconds)
         if is_monitor:
             if reward.weight != 1 or reward.clip is not None:
                 advice = "a monitor is never trained on; leave weight and clip out"
@@ -217,7 +217,7 @@ def check_rewards(
     _check_backprop(report, recipe, names, here, runs_rtdmd)
 
 
-def _check_remote(report: Report, key: str, reward: RewardSection, patience: float) -> None:
+def check_remote(report: Report, key: str, reward: RewardSection, patience: float) -> None:
     """A url is one, and what goes with it is in range."""
     if reward.timeout_seconds <= 0:
         report.fault(f"{key}.timeout_seconds", reward.timeout_seconds, "write a number above 0")

@@ -64,7 +64,11 @@ def test_nothing_is_read_where_nothing_is_due() -> None:
             "evaluation.models.1.name = 'a': also evaluation.models.0; give it another name",
         ),
         ("evaluation.rewards=[{name: clip}]", "evaluation.rewards.0.name = 'clip': unknown reward"),
-        ("evaluation.rewards=[{name: clipscore, mode: official}]", "clipscore has no such mode"),
+        ("evaluation.rewards=[{name: pickscore, mode: official}]", "pickscore has no such mode"),
+        (
+            "evaluation.rewards=[{name: clipscore, url: here}]",
+            "evaluation.rewards.0.url = 'here': write http://",
+        ),
         (
             "evaluation.sets=[{name: a, prompts: {source: x.txt}, num_images_per_prompt: 0}]",
             "evaluation.sets.0.num_images_per_prompt = 0: write at least 1",
