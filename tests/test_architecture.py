@@ -29,7 +29,7 @@ class Rule:
 
 
 MATHEMATICS = ("flow", "schedules", "objectives")
-BASICS = (*MATHEMATICS, "errors", "randomness")
+BASICS = (*MATHEMATICS, "errors", "randomness", "transfer")
 PARTS = ("images", "models", "rewards", "prompts", "rollout", "recipe")
 EVERYTHING = (*BASICS, *PARTS, "scheduler", "distributed", "stages", "training")
 TOOLS = ("sample", "evaluation", "export", "plan", "doctor")
@@ -38,7 +38,8 @@ TOOLS = ("sample", "evaluation", "export", "plan", "doctor")
 RULES: dict[str, Rule] = {
     **{name: Rule(outside=("torch",)) for name in MATHEMATICS},
     "errors": Rule(outside=()),
-    "randomness": Rule(outside=("torch", "numpy", "triton")),
+    "transfer": Rule(outside=("torch",)),
+    "randomness": Rule(("transfer",), outside=("torch", "numpy", "triton")),
     "processes": Rule(("errors",), outside=("torch",)),
     "runs": Rule(("errors",), outside=()),
     "images": Rule(outside=("torch", "PIL")),

@@ -20,7 +20,9 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 def per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
     """The noise level as float32 [B] on the device of ``x`` [B, ...]; ``sigma`` is one number or [B]."""
-    return torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+    if isinstance(sigma, Tensor):
+        return sigma.to(x.device, torch.float32).expand(x.shape[0])
+    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from rtdmd.transfer import to_device
+
 # A transformer, or the DeepSpeed engine around it: called with the transformer's own arguments.
 Network = Callable[..., Any]
 
@@ -32,6 +34,8 @@ class TextEmbeddings:
 
     def __getitem__(self, index: slice | Tensor | list[int]) -> TextEmbeddings:
         """Select samples: ``text[2:4]``, ``text[[0, 0, 1]]``."""
+        if isinstance(index, list):
+            index = to_device(torch.tensor(index), next(iter(self.tensors.values())).device)
         return TextEmbeddings({name: value[index] for name, value in self.tensors.items()})
 
     def expand(self, count: int) -> TextEmbeddings:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rtdmd.randomness.normals import normals, split_words
+from rtdmd.transfer import to_device
 
 _DIGEST_BITS = 128
 _FLOAT32_BITS = 24
@@ -105,10 +106,3 @@ class Draws:
     def permutation(self, step: int, purpose: str, count: int) -> list[int]:
         """A permutation of {0, …, count − 1}."""
         return self._generator("permutation", step, purpose).permutation(count).tolist()
-
-
-def to_device(value: Tensor, device: torch.device | str) -> Tensor:
-    """``value`` on ``device``, without making the host wait for what a GPU is doing."""
-    if torch.device(device).type == "cuda":
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)

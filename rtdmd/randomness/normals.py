@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtdmd.transfer import to_device
+
 Key = tuple[int, int]
 
 _WORD = 2**64
@@ -49,13 +51,11 @@ def normals(key: Key, indices: tuple[int | str, ...], count: int, device: torch.
 
     Computed on the GPU where that is the device and Triton is there, else on the host.
     """
-    if device.type == "cuda":
-        if HAS_TRITON:
-            from rtdmd.randomness.normals_gpu import normals_on_gpu
+    if device.type == "cuda" and HAS_TRITON:
+        from rtdmd.randomness.normals_gpu import normals_on_gpu
 
-            return normals_on_gpu(key, indices, count, device)
-        return normals_on_host(key, indices, count).pin_memory().to(device, non_blocking=True)
-    return normals_on_host(key, indices, count).to(device)
+        return normals_on_gpu(key, indices, count, device)
+    return to_device(normals_on_host(key, indices, count), device)
 
 
 def normals_on_host(key: Key, indices: tuple[int | str, ...], count: int) -> Tensor:

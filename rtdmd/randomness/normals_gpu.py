@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtdmd.randomness.normals import Key, sample_words
+from rtdmd.transfer import to_device
 
 _BLOCKS = 128  # blocks of four words, eight numbers, per program
 
@@ -57,8 +58,7 @@ def _signed(word: int) -> int:
 @lru_cache(maxsize=256)
 def _samples_on(device: torch.device, indices: tuple[int | str, ...]) -> Tensor:
     """Each sample's counter words, int64 [B, 3]; a step draws many times for the same samples."""
-    words = torch.from_numpy(sample_words(indices).view(np.int64))
-    return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
+    return to_device(torch.from_numpy(sample_words(indices).view(np.int64)), device)
 
 
 def normals_on_gpu(key: Key, indices: tuple[int | str, ...], count: int, device: torch.device) -> Tensor:

@@ -57,6 +57,7 @@ _RULES: tuple[_Rule, ...] = (
         lambda value: value >= 0,
         (
             "seed",
+            "model.prompt_embeddings_gib",
             "reward_workers",
             "preview.num_images",
             "evaluation.seed",

@@ -28,6 +28,8 @@ class ModelSection:
     guidance_scale: float  # the teacher's classifier-free guidance w; 1 is no guidance
     revision: str | None = None  # hub revision of `pipeline`
     max_sequence_length: int | None = None  # text tokens; null is the family's own
+    # A stage's prompts are encoded once and kept on each device if all fit into this; else as they come.
+    prompt_embeddings_gib: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from rtdmd.stages.rewarding import RewardPanel
 from rtdmd.stages.roles import Roles, Student, Teacher
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.stages.scoring_thread import ScoringThread
+from rtdmd.stages.texts import PromptTexts
 
 Stage = ColdStart | Rtdmd
 
@@ -72,10 +73,11 @@ def build_stage(name: str, recipe: Recipe, ranks: Ranks, calls: CallLog, hand_ov
     )
     matching = AmbientMatching(draws, _ambient_settings(recipe, settings))
     prompts = PromptSet.load(settings.prompts)
+    texts = PromptTexts(family, prompts.prompts, model.prompt_embeddings_gib, calls.touch)
     if isinstance(settings, ColdStartSection):
-        return ColdStart(roles, family, prompts, steps, matching, draws, settings, ranks)
+        return ColdStart(roles, family, prompts, texts, steps, matching, draws, settings, ranks)
     panel = _build_panel(recipe, family, ranks, calls)
-    return Rtdmd(roles, family, prompts, panel, steps, matching, draws, settings, ranks)
+    return Rtdmd(roles, family, prompts, texts, panel, steps, matching, draws, settings, ranks)
 
 
 def _ambient_settings(recipe: Recipe, settings: ColdStartSection | RtdmdSection) -> AmbientSettings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
@@ -17,6 +16,7 @@ from rtdmd.rollout import FewSteps, Trajectory, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, Samples
 from rtdmd.stages.metrics import Means, StepReport
 from rtdmd.stages.roles import Roles
+from rtdmd.stages.texts import PromptTexts
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ColdStart:
         roles: Roles,
         family: ModelFamily,
         prompts: PromptSet,
+        texts: PromptTexts,
         steps: FewSteps,
         matching: AmbientMatching,
         draws: Draws,
@@ -48,6 +49,7 @@ class ColdStart:
         self.num_steps = settings.iterations
         self.family = family
         self.prompts = prompts
+        self._texts = texts
         self._order = ShuffledPrompts(len(prompts), draws.seed, self.name)
         self.few = steps
         self._matching = matching
@@ -130,8 +132,6 @@ class ColdStart:
             first = (number * world + rank) * size
             indices = list(range(first, first + size))
             offset = iteration * self.settings.batch_size * world
-            chosen = [self.prompts.prompts[self._order.index(offset + index)] for index in indices]
-            with torch.no_grad():
-                text = self.family.encode_prompts(chosen)
+            text = self._texts([self._order.index(offset + index) for index in indices])
             batches.append(MicroBatch(indices, text))
         return batches

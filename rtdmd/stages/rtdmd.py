@@ -27,6 +27,7 @@ from rtdmd.stages.records import Record, Weighted
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from rtdmd.stages.roles import Roles
 from rtdmd.stages.scores import EpochScores, Scored
+from rtdmd.stages.texts import PromptTexts
 
 
 class Rtdmd:
@@ -39,6 +40,7 @@ class Rtdmd:
         roles: Roles,
         family: ModelFamily,
         prompts: PromptSet,
+        texts: PromptTexts,
         panel: RewardPanel,
         steps: FewSteps,
         matching: AmbientMatching,
@@ -51,6 +53,7 @@ class Rtdmd:
         self.num_steps = settings.epochs
         self.family = family
         self.prompts = prompts
+        self._texts = texts
         self.panel = panel
         self.few = steps
         self._matching = matching
@@ -135,7 +138,7 @@ class Rtdmd:
         ``shared_noise`` the noise of the other stochastic steps is the prompt's.
         """
         distinct = sorted(set(prompt_ids))
-        text = self.family.encode_prompts([self.prompts.prompts[prompt] for prompt in distinct])
+        text = self._texts(distinct)
         rows = [distinct.index(prompt) for prompt in prompt_ids]
 
         def noise(purpose: str, keys: Sequence[int]) -> Tensor:

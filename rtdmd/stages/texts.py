@@ -1,0 +1,50 @@
+"""Text embeddings of a stage's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+
+_BATCH = 128  # prompts encoded at once
+
+
+class PromptTexts:
+    """Embeddings of prompts by their indices in ``prompts``.
+
+    If those of all distinct prompts fit into ``limit_gib`` GiB they are encoded here, once, and kept on the
+    device; else each call encodes what it is asked for. The batches in which a kept prompt is encoded depend
+    on ``prompts`` alone, so that ranks, micro-batches and resumed runs see the same rounding.
+    ``progress`` is called after each batch.
+    """
+
+    def __init__(
+        self, family: ModelFamily, prompts: Sequence[str], limit_gib: float, progress: Callable[[], None]
+    ) -> None:
+        self._family = family
+        self._prompts = prompts
+        distinct = list(dict.fromkeys(prompts))
+        self._rows = {prompt: row for row, prompt in enumerate(distinct)}
+        self._kept: TextEmbeddings | None = None
+        if self._num_bytes(len(distinct)) <= limit_gib * 2**30:
+            parts = []
+            for start in range(0, len(distinct), _BATCH):
+                parts.append(family.encode_prompts(distinct[start : start + _BATCH]))
+                progress()
+            self._kept = TextEmbeddings.cat(parts)
+
+    @property
+    def are_kept(self) -> bool:
+        return self._kept is not None
+
+    def _num_bytes(self, count: int) -> int:
+        """Of ``count`` prompts; all have the same shape, whatever their length."""
+        one = self._family.encode_prompts([""]).tensors.values()
+        return count * sum(tensor.nbytes for tensor in one)
+
+    def __call__(self, indices: Sequence[int]) -> TextEmbeddings:
+        """One row for each of ``indices``."""
+        prompts = [self._prompts[index] for index in indices]
+        if self._kept is None:
+            return self._family.encode_prompts(prompts)
+        return self._kept[[self._rows[prompt] for prompt in prompts]]
