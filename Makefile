@@ -5,7 +5,6 @@ TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 EXTRAS ?= train,ocr,dev
 PYTEST_WORKERS ?= 0
-FAMILY ?=
 ARGS ?=
 
 SHELL := /bin/bash
@@ -15,12 +14,12 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types format validate clean
+.PHONY: help venv demo dry-run test test-all lint types format validate clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 	@echo
-	@echo 'make demo FAMILY=sd3 runs the demo on that family; ARGS is passed on to the demo or to pytest.'
+	@echo 'ARGS is passed on: key=value to the demo and the dry run, any argument to pytest.'
 
 venv: $(STAMP) ## create .venv with everything that training and the tests need
 
@@ -41,12 +40,16 @@ $(STAMP): setup.py
 	@DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --editable '.$(EXTRAS:%=[%])'
 	@touch $@
 
-demo: $(STAMP) ## train both stages on tiny random weights: two ranks on the CPU
-	@$(BIN)/python -m rtdmd.models.tiny build/demo
+demo: $(STAMP) ## a trained teacher becomes a 4-step generator on two CPU cores: pictures, curves, table
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1; start=$$SECONDS; \
-	  deepspeed --num_gpus 2 train_ds.py recipes/demo.yaml \
-	    $(if $(FAMILY),name=demo_$(FAMILY) model.family=$(FAMILY) model.pipeline=build/demo/$(FAMILY)) $(ARGS) \
+	  deepspeed --num_gpus 2 train_ds.py recipes/demo.yaml $(ARGS) \
+	  && OMP_NUM_THREADS=2 python -m benchmarks.shapes.report runs/demo \
 	  && echo "the demo took $$((SECONDS - start)) s, installation apart"
+
+dry-run: $(STAMP) ## both stages on tiny random weights: the machinery alone, ZeRO-3 on two CPU ranks
+	@$(BIN)/python -m rtdmd.models.tiny build/tiny
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1; \
+	  deepspeed --num_gpus 2 train_ds.py recipes/dry_run.yaml $(ARGS)
 
 test: $(STAMP) ## run the tests, without the slow ones and those that need a GPU
 	@$(PYTEST) -m 'not gpu and not slow' $(ARGS)
@@ -59,7 +62,7 @@ lint: $(STAMP) ## check style and format
 	@$(BIN)/ruff format --check .
 
 types: $(STAMP) ## check types
-	@$(BIN)/mypy rtdmd train_ds.py
+	@$(BIN)/mypy rtdmd benchmarks train_ds.py
 
 format: $(STAMP) ## format, and mend what ruff can mend
 	@$(BIN)/ruff check --fix .

@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def sound(tmp_path: Path, tiny_flux2: Path, tiny_clip: Path) -> list[str]:
-    """Overrides under which the demo's recipe has no fault."""
+    """Overrides under which the dry run's recipe has no fault."""
     return [f"model.pipeline={tiny_flux2}", f"rewards.0.weights={tiny_clip}", f"output={tmp_path / 'runs'}"]
 
 
 def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
-        [*launcher, "train_ds.py", "recipes/demo.yaml", *arguments],
+        [*launcher, "train_ds.py", "recipes/dry_run.yaml", *arguments],
         cwd=ROOT,
         env=environment | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
@@ -70,13 +70,13 @@ def test_a_mistake_is_one_clear_error(mistake: str, sound: list[str], tmp_path: 
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("rtdmd:")]) == 1
-    assert not (tmp_path / "runs" / "demo").exists()
+    assert not (tmp_path / "runs" / "dry_run").exists()
 
 
 def test_nothing_is_imported_that_loads_weights(sound: list[str]) -> None:
     """The error comes before diffusers or DeepSpeed are so much as imported."""
     code = (
-        "import sys, runpy; sys.argv = ['train_ds.py', 'recipes/demo.yaml', 'lora.rnk=1', *sys.argv[1:]]\n"
+        "import sys, runpy; sys.argv = ['train_ds.py', 'recipes/dry_run.yaml', 'lora.rnk=1', *sys.argv[1:]]\n"
         "try: runpy.run_path('train_ds.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 2\n"
         "assert not {'diffusers', 'deepspeed'} & set(sys.modules)"

@@ -76,8 +76,8 @@ def check_readable(report: Report, key: str, value: str) -> None:
 def check_source(report: Report, key: str, value: str, needs: str | None) -> None:
     """``value`` is an existing folder that holds the file ``needs``, or may be a hub id `owner/name`."""
     path = Path(value).expanduser()
-    built = "; make the demo's models with: python -m rtdmd.models.tiny build/demo"
-    hint = built if path.parts[:2] == ("build", "demo") else ""
+    built = "; make the dry run's models with: python -m rtdmd.models.tiny build/tiny"
+    hint = built if path.parts[:2] == ("build", "tiny") else ""
     if path.is_dir():
         if needs and not (path / needs).is_file():
             report.fault(key, value, f"this folder holds no {needs}{hint or '; give the folder that does'}")

@@ -219,7 +219,7 @@ SCENARIOS = {
 
 def run_case(case: dict[str, Any], ranks: Ranks) -> None:
     calls = CallLog(ranks)
-    recipe = load_recipe("recipes/demo.yaml", case["overrides"])
+    recipe = load_recipe("recipes/dry_run.yaml", case["overrides"])
     folder, built = Path(case["folder"]), []
 
     def build(hand_over: HandOver | None = None) -> Stage:

@@ -19,7 +19,7 @@ from rtdmd.models.lora import attach_adapter
 from rtdmd.randomness import Draws
 from tests.distributed.launch import run_ranks
 
-ENGINES = ("demo_zero3", "zero2", "zero1")
+ENGINES = ("tiny_zero3", "zero2", "zero1")
 STARTS = [(family, trains) for family in ("flux2", "sd3") for trains in ("lora", "full")]
 
 # Results of both ranks, by scenario.

@@ -30,7 +30,7 @@ class Case:
     stage: str
     family: str = "flux2"
     trains: str = "lora"
-    engine: str = "demo_zero3"
+    engine: str = "tiny_zero3"
     steps: int = 2
     extra: tuple[str, ...] = ()
 
@@ -179,7 +179,7 @@ def test_two_ranks_equal_plain_pytorch(
     tiny_clip: Path,
 ) -> None:
     if case.problem not in references:
-        recipe = load_recipe("recipes/demo.yaml", overrides(case, pipelines, tiny_clip, 2))
+        recipe = load_recipe("recipes/dry_run.yaml", overrides(case, pipelines, tiny_clip, 2))
         compute_plainly = reference_cold_start if case.stage == "cold_start" else reference_rtdmd
         references[case.problem] = compute_plainly(recipe, 2, case.steps)
     expected, got = references[case.problem], two_ranks[case.name, 2]

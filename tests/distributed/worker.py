@@ -41,7 +41,7 @@ def record_gradients(engine: TrainedEngine, into: list[Any]) -> None:
 
 
 def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    recipe = load_recipe("recipes/demo.yaml", case["overrides"])
+    recipe = load_recipe("recipes/dry_run.yaml", case["overrides"])
     stage = build_stage(case["stage"], recipe, ranks, CallLog(ranks), HandOver())
     if isinstance(stage, Rtdmd):
         without_rounding(stage.panel.rewards)

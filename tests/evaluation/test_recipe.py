@@ -13,8 +13,8 @@ from rtdmd.recipe import check_recipe, load_for_evaluation, load_recipe
 from rtdmd.recipe.schema import EvaluationModelSection, Recipe, RewardSection
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEMO = "recipes/demo.yaml"
-SET = "evaluation.sets=[{name: a, prompts: {source: recipes/demo_prompts.txt}}]"
+DEMO = "recipes/dry_run.yaml"
+SET = "evaluation.sets=[{name: a, prompts: {source: recipes/dry_run_prompts.txt}}]"
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(*overrides: str) -> Recipe:
-    """As training checks the recipe, which needs the demo's models to be there."""
+    """As training checks the recipe, which needs the recipe's models to be there."""
     recipe = load_recipe(DEMO, overrides)
     check_recipe(recipe, DEMO, world_size=1, stages=["rtdmd"])
     return recipe

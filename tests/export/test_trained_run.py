@@ -16,7 +16,7 @@ from tests.training.test_resume import arguments
 
 
 @pytest.mark.slow
-def test_the_demos_files(tiny_flux2: Path, tiny_clip: Path, tmp_path: Path) -> None:
+def test_the_files_of_a_dry_run(tiny_flux2: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """Two ranks, both stages; the card's code, where rtdmd can't be imported, paints the sampler's picture.
 
     Checkpoints, records and grids are training's own, the state dicts those that its stages left.

@@ -289,7 +289,7 @@ def test_prompts_that_a_reward_cannot_score(write_recipe: Write, tmp_path: Path)
         ("a/b/c", "there is no such folder"),
         ("recipes/flux9", "there is no such folder"),
         ("adapter.safetensors", "there is no such folder"),
-        ("build/demo/flux9", "python -m rtdmd.models.tiny build/demo"),
+        ("build/tiny/flux9", "python -m rtdmd.models.tiny build/tiny"),
         ("ds_configs", "holds no model_index.json"),
         ("recipes/sd3m.yaml", "this is a file"),
         ("single", "neither an existing folder nor a hub id"),

@@ -20,10 +20,13 @@ PUBLISHED = {
 }
 
 
-def demo(folder_of: dict[str, Path], *overrides: str) -> Recipe:
-    """The demo with its models elsewhere than in build/demo."""
+SMALL = ("demo", "shapes")  # the small world's, whose models are in data/shapes
+
+
+def dry_run(folder_of: dict[str, Path], *overrides: str) -> Recipe:
+    """The dry run with its models elsewhere than in build/tiny."""
     return load_recipe(
-        RECIPES / "demo.yaml",
+        RECIPES / "dry_run.yaml",
         [f"model.pipeline={folder_of['flux2']}", f"rewards.0.weights={folder_of['clip']}", *overrides],
     )
 
@@ -35,7 +38,7 @@ def tiny(tiny_flux2: Path, tiny_sd3: Path, tiny_clip: Path) -> dict[str, Path]:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "demo"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, *SMALL, "dry_run"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -71,26 +74,33 @@ def test_published_recipes(name: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_demo(tiny: dict[str, Path], world_size: int) -> None:
-    recipe = demo(tiny)
-    check_recipe(recipe, "demo", world_size=world_size, stages=recipe.stages)
-    recipe = demo(tiny, "model.family=sd3", f"model.pipeline={tiny['sd3']}")
-    check_recipe(recipe, "demo", world_size=world_size, stages=recipe.stages)
+def test_dry_run(tiny: dict[str, Path], world_size: int) -> None:
+    recipe = dry_run(tiny)
+    check_recipe(recipe, "dry_run", world_size=world_size, stages=recipe.stages)
+    recipe = dry_run(tiny, "model.family=sd3", f"model.pipeline={tiny['sd3']}")
+    check_recipe(recipe, "dry_run", world_size=world_size, stages=recipe.stages)
 
 
-def test_demo_without_its_models_says_how_to_build_them(
+@pytest.mark.parametrize(("name", "world_size"), [("demo", 1), ("demo", 2), ("shapes", 1), ("shapes", 2)])
+def test_small_world(name: str, world_size: int) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    check_recipe(recipe, name, world_size=world_size, stages=recipe.stages)
+    assert recipe.name == name
+
+
+def test_dry_run_without_its_models_says_how_to_build_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("recipes", "ds_configs"):
         (tmp_path / name).symlink_to(RECIPES.parent / name)
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe("recipes/demo.yaml")
+    recipe = load_recipe("recipes/dry_run.yaml")
     with pytest.raises(Exception, match="has 2 faults") as caught:
-        check_recipe(recipe, "recipes/demo.yaml", world_size=2, stages=recipe.stages)
-    assert str(caught.value).count("python -m rtdmd.models.tiny build/demo") == 2
+        check_recipe(recipe, "recipes/dry_run.yaml", world_size=2, stages=recipe.stages)
+    assert str(caught.value).count("python -m rtdmd.models.tiny build/tiny") == 2
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *SMALL, "dry_run"])
 def test_the_header_says_what_and_how(name: str) -> None:
     header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -99,7 +109,7 @@ def test_the_header_says_what_and_how(name: str) -> None:
     assert "GPU" in header
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *SMALL, "dry_run"])
 def test_dump_loads_back_equal(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")

@@ -36,7 +36,7 @@ ITERATIONS, EPOCHS = 4, 2
 def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
     return [
         "train_ds.py",
-        "recipes/demo.yaml",
+        "recipes/dry_run.yaml",
         f"output={run.parent}",
         f"name={run.name}",
         f"model.pipeline={pipeline}",
@@ -51,7 +51,7 @@ def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
         "rtdmd.checkpoint_every=100",
         "preview.num_images=2",
         "evaluation.every=2",
-        "evaluation.sets=[{name: words, prompts: {source: recipes/demo_prompts.txt, limit: 3}}]",
+        "evaluation.sets=[{name: words, prompts: {source: recipes/dry_run_prompts.txt, limit: 3}}]",
         "evaluation.num_images_per_prompt=2",
         "evaluation.batch_size=2",
         "rtdmd.reward_backprop.standardize=true",
@@ -183,11 +183,11 @@ def test_a_rule_ends_the_stage_with_the_best_generator(
     assert sum(float(value.sum()) for value in lora.values()) == pytest.approx(
         sum(float(value.sum()) for value in handed.values()), rel=1e-4
     )
-    recipe = load_recipe("recipes/demo.yaml", command[2:])
+    recipe = load_recipe("recipes/dry_run.yaml", command[2:])
     assert is_complete("rtdmd", recipe, run)
     (folder / "ended.json").unlink()
     assert not is_complete("rtdmd", recipe, run)
-    goes_on = load_recipe("recipes/demo.yaml", [*command[2:], "rtdmd.stop_when=[]"])
+    goes_on = load_recipe("recipes/dry_run.yaml", [*command[2:], "rtdmd.stop_when=[]"])
     assert not is_complete("rtdmd", goes_on, run)
 
 
