@@ -68,7 +68,7 @@ def full_plan(seed: int) -> Plan:
         pictures=300_000,
         autoencoder_steps=1800,
         autoencoder_batch=256,
-        teacher=TeacherSettings(steps=22_000, seed=seed),
+        teacher=TeacherSettings(steps=13_500, seed=seed),
         clip_pictures=200_000,
         clips={
             "clip": ClipSettings(width=96, vision_layers=4, text_layers=2, steps=5500, seed=seed),
