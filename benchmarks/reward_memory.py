@@ -89,7 +89,7 @@ def build_family(tiny: bool) -> Flux2Family:
     small: dict[str, Any] = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
     vae = AutoencoderKLFlux2(**(small if tiny else {})).requires_grad_(False).eval()
     vae.enable_gradient_checkpointing()
-    return Flux2Family(None, None, (0, 0, 0), vae, TEXT_TOKENS, None)  # type: ignore[arg-type]
+    return Flux2Family(None, None, (0, 0, 0), vae, TEXT_TOKENS, None)
 
 
 def build_transformer(tiny: bool) -> Flux2Transformer2DModel:
@@ -137,8 +137,8 @@ class Step:
         self.latents = torch.randn(shape, generator=generator, device=device)
         self.captions = Captions([PROMPT] * batch, [{"vqa_list": QUESTIONS}] * batch)
         if transformer is not None:
-            shape = (batch, TEXT_TOKENS, transformer.config.joint_attention_dim)
-            embeddings = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            texts = (batch, TEXT_TOKENS, transformer.config.joint_attention_dim)
+            embeddings = torch.randn(texts, generator=generator, device=device, dtype=dtype)
             self.text = TextEmbeddings({"prompt_embeds": embeddings})
 
     def run(self, rewards: Sequence[Reward]) -> None:
@@ -163,7 +163,7 @@ class Step:
         weights = torch.ones(len(x0), device=self.device)
         loss, _ = panel.hinge(x0, self.captions, MARGIN, weights)
         gradients = torch.autograd.grad(loss, trained)
-        total = sum(gradient.double().square().sum() for gradient in gradients)
+        total = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
         if not (torch.isfinite(total) and total > 0):
             raise RuntimeError(f"{', '.join(names)}: the gradient's squared norm is {float(total)}")
 
@@ -253,7 +253,7 @@ def measure_all(arguments: argparse.Namespace, device: torch.device, report: Cal
 def table(rows: Sequence[Row]) -> str:
     """The measurements for people to read."""
     header = ("", "M parameters", "resident GiB", "peak GiB", "reserved GiB", "seconds")
-    cells = [header]
+    cells: list[tuple[str, ...]] = [header]
     for row in rows:
         values = (row.parameters_millions, row.resident, row.peak, row.reserved, row.seconds)
         cells.append((row.name, *("-" if value is None else f"{value:g}" for value in values)))

@@ -11,6 +11,7 @@ from diffusers import Flux2KleinPipeline
 from safetensors import safe_open
 
 from benchmarks.shapes import outcomes
+from benchmarks.shapes.autoencoder import encode, normalise
 from benchmarks.shapes.judge_clip import choice_accuracy
 from benchmarks.shapes.measure import Judges, background_entropy
 from benchmarks.shapes.outcomes import euler, judge, paint_many
@@ -19,6 +20,8 @@ from benchmarks.shapes.report import NUM_SHIPPED, TEACHERS, read_teacher
 from rtdmd.models.flux2 import Flux2Family
 from rtdmd.models.weights import WeightSource, load_network
 from rtdmd.recipe import load_recipe
+from rtdmd.shapes.captions import Caption, Group
+from rtdmd.shapes.drawing import draw_pictures
 from rtdmd.shapes.prompts import distinct_captions
 
 WORLD = Path(__file__).parents[2] / "data" / "shapes"
@@ -58,8 +61,6 @@ def test_each_clip_picks_the_right_caption(others: Drawn) -> None:
 
 
 def test_the_autoencoder_keeps_what_captions_say(family: Flux2Family, others: Drawn) -> None:
-    from benchmarks.shapes.autoencoder import encode, normalise
-
     latents = normalise(family.vae, encode(family.vae, others.images, CPU))
     # The statistics are those of all latents.
     assert latents.mean().abs() < 0.1
@@ -104,11 +105,8 @@ def test_the_stock_pipeline_paints(family: Flux2Family) -> None:
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    captions = [
-        caption for caption in distinct_captions("all", 2000, 0) if caption.text == "a large red circle"
-    ]
-    assert captions
-    assert sum(verdict.correct for verdict in judge(images.float(), captions * 4)) >= 3
+    caption = Caption((Group(1, "red", "circle", "large"),))
+    assert sum(verdict.correct for verdict in judge(images.float(), [caption] * 4)) >= 3
 
 
 def test_the_shipped_teacher_is_of_these_captions() -> None:
@@ -138,8 +136,6 @@ def test_background_entropy_of_known_pictures() -> None:
 
 def test_judges_score_true_pictures_well(others: Drawn) -> None:
     judges = Judges.load("test", 24, CPU)
-    from rtdmd.shapes.drawing import draw_pictures
-
     drawn, captions = draw_pictures(3, 0, 24, "test")
     judges = Judges(captions, judges.reward, judges.monitor, judges.references)
     images = to_unit(torch.from_numpy(drawn).permute(0, 3, 1, 2))
