@@ -43,14 +43,18 @@ def paint_many(
     seed: int,
     chunk: int = 256,
 ) -> Tensor:
-    """Pictures [N, 3, 64, 64] in [0, 1], float32; noise is a function of (seed, number of the prompt)."""
+    """Pictures [N, 3, 64, 64] in [0, 1], float32, in batches of ``chunk``.
+
+    Noise is a function of (seed, prompt), the one that ``rtdmd sample`` and ``rtdmd evaluate`` draw, so that
+    they paint the same pictures.
+    """
     unconditional = family.encode_prompts([""])
     device = next(iter(unconditional.tensors.values())).device
-    draws, shape = Draws(seed, "outcomes"), family.latent_shape(SIZE, SIZE)
+    draws, shape = Draws(seed, "sample"), family.latent_shape(SIZE, SIZE)
 
-    def paint(indices: list[int]) -> Tensor:
-        text = family.encode_prompts([prompts[index] for index in indices])
-        initial = draws.normal(0, "initial", indices, shape, device)
+    def paint(chosen: Sequence[str]) -> Tensor:
+        text = family.encode_prompts(chosen)
+        initial = draws.normal(0, "initial", chosen, shape, device)
 
         def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
             scale = sampler.guidance_scale
@@ -59,12 +63,11 @@ def paint_many(
         def step_noise(step: int) -> Tensor:
             if sampler.eta == 0:
                 return torch.zeros_like(initial)
-            return draws.normal(0, f"transition{step}", indices, shape, device)
+            return draws.normal(0, f"transition{step}", chosen, shape, device)
 
         return family.decode(rollout(velocity, initial, sampler.sigmas, sampler.eta, step_noise).final)
 
-    numbers = range(len(prompts))
-    return torch.cat([paint(list(numbers[start : start + chunk])) for start in numbers[::chunk]])
+    return torch.cat([paint(prompts[start : start + chunk]) for start in range(0, len(prompts), chunk)])
 
 
 def judge(images: Tensor, captions: Sequence[Caption]) -> list[Verdict]:

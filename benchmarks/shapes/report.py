@@ -31,7 +31,7 @@ from rtdmd.recipe.schema import Recipe
 from rtdmd.sample import Painter, SampleOptions, build_painter, pick_device
 
 SHIPPED = WORLD / "teacher"
-NUM_SHIPPED = 512
+NUM_SHIPPED = 256
 NUM_SHOWN = 8
 ZOOM = 2
 # Guidance is the best on validation captions at each number of steps: data/shapes/measures.json.

@@ -82,7 +82,7 @@ def test_the_teacher_paints_what_is_asked_for(family: Flux2Family, network: torc
     assert right(2, 1.0) < 12
 
 
-def test_pictures_depend_on_their_number_alone(family: Flux2Family, network: torch.nn.Module) -> None:
+def test_pictures_depend_on_their_prompt_alone(family: Flux2Family, network: torch.nn.Module) -> None:
     prompts = ["a red circle", "two small blue squares", "a green cross"]
     sampler = outcomes.Sampler([1.0, 0.6], 0.9)
     whole = paint_many(family, network, prompts, sampler, seed=1)
