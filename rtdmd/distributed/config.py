@@ -25,6 +25,8 @@ def engine_config(path: str | Path, dtype: Dtype, max_grad_norm: float | None) -
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
+        # On by default, and then every forward waits for all that the GPU has to do.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == "bfloat16":
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,12 +105,14 @@ class TrainedEngine(FrozenEngine):
         """Clip and update. Raises TrainingHalted on every rank, before the update, if ranks called
         engines in different orders or if a gradient isn't finite."""
         self._calls.record(f"{self.name}.step")
-        self._calls.verify()
-        norm = self._gradient_norm()
-        if not torch.isfinite(norm):
+        # Read together: the host waits for the device once.
+        differ, norm = torch.stack([self._calls.differ().double(), self._gradient_norm().double()]).tolist()
+        if differ:
+            self._calls.halt()
+        if not math.isfinite(norm):
             raise TrainingHalted(self._non_finite_report())
         self._engine.step()
-        return Step(float(norm))
+        return Step(norm)
 
     def _gradient_norm(self) -> Tensor:
         """Euclidean norm of the averaged gradient over all ranks and parameters, float32."""
@@ -117,8 +120,10 @@ class TrainedEngine(FrozenEngine):
         gradients = [gradient.float() for gradient in self.masters.gradients()]
         for norm in torch._foreach_norm(gradients) if gradients else []:
             squares += norm.square().to(squares.device)
-        whole_everywhere = self.masters.replicated
-        return (squares if whole_everywhere else self._ranks.sum(squares)).sqrt()
+        # Exchanged even where it is not needed: ranks that are in different engines' steps, which the
+        # comparison of their calls is about to find, exchange the same things until then.
+        everywhere = self._ranks.sum(squares)
+        return (squares if self.masters.replicated else everywhere).sqrt()
 
     def _non_finite_report(self) -> str:
         bad = sum(int((~torch.isfinite(gradient)).sum()) for gradient in self.masters.gradients())

@@ -14,12 +14,15 @@ import threading
 import time
 from collections import deque
 from hashlib import blake2b
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.errors import TrainingHalted
+from rtdmd.transfer import to_device
 
 _REMEMBERED_CALLS = 64
 _GRACE_SECONDS = 5.0
@@ -51,14 +54,14 @@ class CallLog:
     def last(self) -> str:
         return self._recent[-1] if self._recent else "no engine call yet"
 
-    def verify(self) -> None:
-        """Collective: raise TrainingHalted on every rank if the ranks' logs differ."""
-        mine = torch.tensor(
-            [self.count, int.from_bytes(self._digest.digest(), "little")], device=self._ranks.device
-        )
-        everyone = self._ranks.all_gather(mine)
-        if bool((everyone == everyone[0]).all()):
-            return
+    def differ(self) -> Tensor:
+        """Collective: whether the ranks' logs differ, a boolean on the device."""
+        mine = torch.tensor([self.count, int.from_bytes(self._digest.digest(), "little")], dtype=torch.int64)
+        everyone = self._ranks.all_gather(to_device(mine, self._ranks.device))
+        return (everyone != everyone[0]).any()
+
+    def halt(self) -> NoReturn:
+        """Collective: raise TrainingHalted on every rank, with the calls where the logs differ."""
         logs = self._ranks.gather_objects(list(self._recent))
         raise TrainingHalted("ranks called the engines in different orders:\n" + _first_difference(logs))
 

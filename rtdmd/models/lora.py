@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners import lora
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -151,6 +153,23 @@ def _split_factor(name: str) -> tuple[str, str | None]:
     return name, None
 
 
+class PlainLora(lora.Linear):
+    """y = W·x + (alpha/rank)·B·A·x, for peft's own layer with the one adapter ``default``.
+
+    peft asks at each call which adapters there are, and scales in an operation of its own: in a small
+    network a tenth of the host's time. Where alpha/rank is a power of two the numbers are the same bit for
+    bit.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer(x)
+        return torch.add(
+            base, self.lora_B["default"](self.lora_A["default"](x)), alpha=self.scaling["default"]
+        )
+
+
 def attach_adapter(transformer: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Add one trainable LoRA named ``default`` to the modules whose names end in ``targets``.
 
@@ -158,6 +177,7 @@ def attach_adapter(transformer: nn.Module, rank: int, alpha: float, targets: Seq
     """
     transformer.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    config._register_custom_module({nn.Linear: PlainLora})
     transformer.add_adapter(config, adapter_name="default")  # type: ignore[operator]
 
 
