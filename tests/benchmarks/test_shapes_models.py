@@ -17,9 +17,11 @@ from benchmarks.shapes.measure import Judges, background_entropy
 from benchmarks.shapes.outcomes import euler, judge, paint_many
 from benchmarks.shapes.pictures import Drawn, draw, to_unit
 from benchmarks.shapes.report import NUM_SHIPPED, TEACHERS, read_teacher
+from rtdmd.cli import main
 from rtdmd.models.flux2 import Flux2Family
 from rtdmd.models.weights import WeightSource, load_network
 from rtdmd.recipe import load_recipe
+from rtdmd.schedules import sd3_sigmas
 from rtdmd.shapes.captions import Caption, Group
 from rtdmd.shapes.drawing import draw_pictures
 from rtdmd.shapes.prompts import distinct_captions
@@ -92,7 +94,7 @@ def test_pictures_depend_on_their_prompt_alone(family: Flux2Family, network: tor
 
 def test_the_stock_pipeline_paints(family: Flux2Family) -> None:
     """A red circle by diffusers alone, judged."""
-    pipeline = Flux2KleinPipeline.from_pretrained(WORLD / "pipeline", torch_dtype=torch.float32)
+    pipeline = Flux2KleinPipeline.from_pretrained(WORLD / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         prompt=["a large red circle"] * 4,
@@ -145,3 +147,32 @@ def test_judges_score_true_pictures_well(others: Drawn) -> None:
     wrong = shifted.measure(images)
     assert wrong["accuracy"] < 0.2
     assert wrong["clip"] < found["clip"] - 0.1
+
+
+def test_rtdmd_evaluate_measures_the_same(
+    family: Flux2Family, network: torch.nn.Module, tmp_path: Path
+) -> None:
+    """The command's pictures are the report's: the same verdicts, and rewards but for rounding to 8 bits."""
+    judges = Judges.load("test", 12, CPU)
+    recipe = load_recipe("recipes/shapes.yaml")
+    sigmas = family.sigmas(recipe.schedule.timesteps, 64, 64)
+    shifted = sd3_sigmas([step / 1000 for step in recipe.schedule.timesteps], recipe.schedule.shift)
+    assert sigmas != shifted  # the fixture's family has no shift of its own
+    images = paint_many(family, network, judges.prompts, outcomes.Sampler(shifted, 0.9), seed=0)
+    expected = judges.score(images)
+    rows = [json.dumps(caption.metadata) for caption in judges.captions]
+    (tmp_path / "test.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    command = [
+        "evaluate",
+        "recipes/shapes.yaml",
+        "--prompts",
+        str(tmp_path / "test.jsonl"),
+        "--model",
+        "base",
+    ]
+    options = ["--rewards", "shapes,clipscore", "--batch-size", "5", "--device", "cpu"]
+    assert main([*command, *options, "--out", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [row["shapes"] for row in found] == expected["accuracy"]
+    assert [row["clipscore"] for row in found] == pytest.approx(expected["clip"], abs=2e-3)
