@@ -3,8 +3,8 @@
   python -m benchmarks.shapes.report runs/demo [--captions 256] [--recompute]
 
 writes grid.png, curves.png and table.md into RUN/report. The teacher's pictures and scores come from
-data/shapes/teacher (other noise than the students'); ``--recompute`` paints them again from the same noise,
-which takes minutes on a CPU. All rows paint the same held-out captions.
+data/shapes/teacher; ``--recompute`` paints them again (minutes on a CPU). All rows paint the same held-out
+captions from the same noise.
 """
 
 from __future__ import annotations
