@@ -49,6 +49,7 @@ class Flux2Family:
     name: ClassVar[str] = "flux2"
     transformer_class: ClassVar[type] = Flux2Transformer2DModel
     pipeline_class: ClassVar[type] = Flux2KleinPipeline
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     # The single blocks' `to_out` is a Linear, the double blocks' a ModuleList that peft refuses; the
     # suffix "attn.to_out" would match both, hence the full names.
     lora_targets: ClassVar[tuple[str, ...]] = (

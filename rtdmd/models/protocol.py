@@ -63,6 +63,7 @@ class ModelFamily(Protocol):
     transformer_class: ClassVar[type]
     pipeline_class: ClassVar[type]
     lora_targets: ClassVar[tuple[str, ...]]  # suffixes of module names, as peft's target_modules
+    block_lists: ClassVar[tuple[str, ...]]  # the transformer's ModuleLists of blocks, in order of execution
 
     @classmethod
     def load(

@@ -50,6 +50,7 @@ class SD3Family:
     name: ClassVar[str] = "sd3"
     transformer_class: ClassVar[type] = SD3Transformer2DModel
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     # As suffixes these leave out SD3.5's second attention, `attn2`.
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION_TARGETS
 

@@ -12,6 +12,8 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16"]
 Trains = Literal["lora", "full"]
 RewardMode = Literal["default", "official"]
+Checkpointing = Literal["none", "selective", "full"]
+Compile = Literal["none", "blocks"]
 
 # Those of them that a recipe has carry the gradient, unless it names others.
 DEFAULT_BACKPROP_REWARDS = ("clipscore", "hpsv2", "pickscore")
@@ -39,6 +41,7 @@ class TeacherSection:
     engine: str  # DeepSpeed JSON
     weights: str | None = None  # pipeline folder or hub id; null is model.pipeline
     revision: str | None = None
+    compile: Compile = "none"  # blocks: the transformer's blocks go through torch.compile
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class TrainedSection:
     weights: str | None = None
     revision: str | None = None
     trains: Trains = "lora"
-    activation_checkpointing: bool = True
+    activation_checkpointing: Checkpointing = "full"  # blocks recomputed in backward; selective: every other
+    compile: Compile = "none"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,9 +14,10 @@ from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.config import engine_config
 from rtdmd.distributed.engine import TrainedEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
-from rtdmd.distributed.loading import build_network
+from rtdmd.distributed.loading import TensorSource, build_network
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
+from rtdmd.models.blocks import compile_blocks, recompute_activations
 from rtdmd.models.lora import attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.weights import WeightSource, role_weights
@@ -26,11 +28,13 @@ from rtdmd.recipe.schema import (
     ColdStartSection,
     OptimizerSection,
     Recipe,
+    RewardSection,
     RtdmdSection,
     TeacherSection,
     TrainedSection,
 )
 from rtdmd.rewards import load_rewards
+from rtdmd.rewards.protocol import Reward
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
 from rtdmd.stages.cold_start import ColdStart
@@ -52,20 +56,68 @@ class HandOver:
     fake_score: Path | None = None
 
 
-def build_stage(name: str, recipe: Recipe, ranks: Ranks, calls: CallLog, hand_over: HandOver) -> Stage:
-    """Load everything that stage ``name`` needs. Raises UserError for files that don't fit."""
+class NetworkWeights(TensorSource, Protocol):
+    """A transformer's tensors with the configuration that they belong to."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+def load_family(recipe: Recipe, device: torch.device) -> ModelFamily:
+    """Text encoders and decoder of the recipe's pipeline. Raises UserError."""
     model = recipe.model
-    family = get_family(model.family).load(
+    return get_family(model.family).load(
         model.pipeline,
-        device=ranks.device,
+        device=device,
         dtype=getattr(torch, recipe.dtype),
         revision=model.revision,
         max_sequence_length=model.max_sequence_length,
         schedule_shift=recipe.schedule.shift,
     )
+
+
+def open_weights(recipe: Recipe, role: TeacherSection | TrainedSection, start: Path | None) -> NetworkWeights:
+    """A role's base weights with what an earlier stage trained. Raises UserError."""
+    weights, revision = role_weights(recipe.model, role)
+    trained = read_trained([] if start is None else [start], recipe.lora)
+    return WeightSource(
+        weights, revision=revision, adapters=trained.adapters, replacement=trained.replacement
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Where networks come from; by default the recipe's files."""
+
+    family: Callable[[Recipe, torch.device], ModelFamily] = load_family
+    weights: Callable[[Recipe, TeacherSection | TrainedSection, Path | None], NetworkWeights] = open_weights
+    rewards: Callable[[Sequence[RewardSection], torch.device, torch.dtype, int], list[Reward]] = load_rewards
+
+
+FROM_FILES = Loaders()
+
+
+def build_stage(
+    name: str,
+    recipe: Recipe,
+    ranks: Ranks,
+    calls: CallLog,
+    hand_over: HandOver,
+    loaders: Loaders = FROM_FILES,
+) -> Stage:
+    """Load everything that stage ``name`` needs. Raises UserError for files that don't fit."""
+    model = recipe.model
+    family = loaders.family(recipe, ranks.device)
     draws = Draws(recipe.seed, name)
     settings = recipe.cold_start if name == "cold_start" else recipe.rtdmd
-    roles = _build_roles(recipe, settings, family, ranks, calls, draws, hand_over)
+    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders)
+    roles = Roles(
+        builder.teacher(recipe.roles.teacher),
+        builder.student("generator", recipe.roles.generator, settings.generator, hand_over.generator),
+        builder.student("fake_score", recipe.roles.fake_score, settings.fake_score, hand_over.fake_score),
+    )
     steps = FewSteps(
         family.sigmas(recipe.schedule.timesteps, model.height, model.width),
         recipe.schedule.eta,
@@ -76,7 +128,7 @@ def build_stage(name: str, recipe: Recipe, ranks: Ranks, calls: CallLog, hand_ov
     texts = PromptTexts(family, prompts.prompts, model.prompt_embeddings_gib, calls.touch)
     if isinstance(settings, ColdStartSection):
         return ColdStart(roles, family, prompts, texts, steps, matching, draws, settings, ranks)
-    panel = _build_panel(recipe, family, ranks, calls)
+    panel = _build_panel(recipe, family, ranks, calls, loaders)
     return Rtdmd(roles, family, prompts, texts, panel, steps, matching, draws, settings, ranks)
 
 
@@ -91,13 +143,15 @@ def _ambient_settings(recipe: Recipe, settings: ColdStartSection | RtdmdSection)
     )
 
 
-def _build_panel(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallLog) -> RewardPanel:
+def _build_panel(
+    recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallLog, loaders: Loaders
+) -> RewardPanel:
     backprop = recipe.rtdmd.reward_backprop
     names = [reward.name for reward in recipe.rewards]
     chosen: Sequence[str] = backprop.rewards or [name for name in DEFAULT_BACKPROP_REWARDS if name in names]
     sections = [*recipe.rewards, *recipe.monitor_rewards]
     dtype = getattr(torch, recipe.dtype)
-    loaded = load_rewards(sections, ranks.device, dtype, recipe.reward_workers)
+    loaded = loaders.rewards(sections, ranks.device, dtype, recipe.reward_workers)
     return RewardPanel(
         family,
         loaded[: len(recipe.rewards)],
@@ -120,23 +174,6 @@ def _combination(recipe: Recipe) -> Combination:
     )
 
 
-def _build_roles(
-    recipe: Recipe,
-    settings: ColdStartSection | RtdmdSection,
-    family: ModelFamily,
-    ranks: Ranks,
-    calls: CallLog,
-    draws: Draws,
-    hand_over: HandOver,
-) -> Roles:
-    builder = _RoleBuilder(recipe, family, ranks, calls, draws)
-    return Roles(
-        builder.teacher(recipe.roles.teacher),
-        builder.student("generator", recipe.roles.generator, settings.generator, hand_over.generator),
-        builder.student("fake_score", recipe.roles.fake_score, settings.fake_score, hand_over.fake_score),
-    )
-
-
 @dataclass(frozen=True)
 class _RoleBuilder:
     """What the roles' construction shares."""
@@ -146,10 +183,12 @@ class _RoleBuilder:
     ranks: Ranks
     calls: CallLog
     draws: Draws
+    loaders: Loaders
 
     def teacher(self, section: TeacherSection) -> Teacher:
         config = engine_config(section.engine, self.recipe.dtype, None)
-        network = self._network(self._source(section, None), config)
+        network = self._network(self.loaders.weights(self.recipe, section, None), config)
+        self._compile(section, network)
         return Teacher(
             start_frozen("teacher", network, config, self.calls),
             self.family,
@@ -161,24 +200,17 @@ class _RoleBuilder:
         self, name: str, section: TrainedSection, optimizer: OptimizerSection, start: Path | None
     ) -> Student:
         config = engine_config(section.engine, self.recipe.dtype, optimizer.max_grad_norm)
-        network = self._network(self._source(section, start), config)
+        network = self._network(self.loaders.weights(self.recipe, section, start), config)
         if section.trains == "lora":
             self._add_lora(name, network)
         else:
             network.requires_grad_(True)
-        if section.activation_checkpointing:
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        recompute_activations(network, section.activation_checkpointing, self.family.block_lists)
+        self._compile(section, network)
         engine: TrainedEngine = start_trained(name, network, config, optimizer, self.calls, self.ranks)
         return Student(engine, self.family)
 
-    def _source(self, section: TeacherSection | TrainedSection, start: Path | None) -> WeightSource:
-        weights, revision = role_weights(self.recipe.model, section)
-        trained = read_trained([] if start is None else [start], self.recipe.lora)
-        return WeightSource(
-            weights, revision=revision, adapters=trained.adapters, replacement=trained.replacement
-        )
-
-    def _network(self, source: WeightSource, config: dict[str, object]) -> nn.Module:
+    def _network(self, source: NetworkWeights, config: dict[str, object]) -> nn.Module:
         make = self.family.transformer_class
         network = build_network(
             lambda: make.from_config(source.config),  # type: ignore[attr-defined]
@@ -190,6 +222,10 @@ class _RoleBuilder:
         )
         source.close()
         return network
+
+    def _compile(self, section: TeacherSection | TrainedSection, network: nn.Module) -> None:
+        if section.compile == "blocks":
+            compile_blocks(network, self.family.block_lists)
 
     def _add_lora(self, role: str, network: nn.Module) -> None:
         lora = self.recipe.lora

@@ -13,6 +13,7 @@ from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import MASTER
 from rtdmd.errors import UserError
 from rtdmd.models.adapters import save_diffusers_lora
+from rtdmd.models.blocks import num_compiled_graphs
 from rtdmd.recipe.schema import Recipe
 from rtdmd.runs import ENDING_FILE, read_progress
 from rtdmd.stages.assemble import Stage
@@ -69,6 +70,11 @@ class StageRun:
     @property
     def folder(self) -> Path:
         return self.run / self.stage.name
+
+    @property
+    def _compiles(self) -> bool:
+        roles = self.recipe.roles
+        return any(role.compile != "none" for role in (roles.teacher, roles.generator, roles.fake_score))
 
     def _state(self) -> dict[str, Any]:
         roles = self.stage.roles
@@ -166,6 +172,8 @@ class StageRun:
                 self.ema.update()
             done = step + 1
             metrics = report.metrics
+            if self._compiles:
+                metrics["compiled_graphs"] = float(num_compiled_graphs())
             if self.evaluations and due(done, self.recipe.evaluation.every, total):
                 metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
             ended = self.rules.observe(done, metrics)

@@ -42,13 +42,17 @@ class Case:
     @property
     def problem(self) -> tuple[str, str, str, int, tuple[str, ...]]:
         """What the mathematics depends on; cases that share it must agree."""
-        no_layout = tuple(
-            item for item in self.extra if "micro_batch" not in item and "checkpointing" not in item
-        )
-        return self.stage, self.family, self.trains, self.steps, no_layout
+        layout = ("micro_batch", "checkpointing", ".compile=", "teacher.engine")
+        problem = tuple(item for item in self.extra if not any(part in item for part in layout))
+        return self.stage, self.family, self.trains, self.steps, problem
 
 
-PLAIN_LAYOUT = tuple(f"roles.{role}.activation_checkpointing=false" for role in ("generator", "fake_score"))
+PLAIN_LAYOUT = tuple(f"roles.{role}.activation_checkpointing=none" for role in ("generator", "fake_score"))
+SELECTIVE = tuple(f"roles.{role}.activation_checkpointing=selective" for role in ("generator", "fake_score"))
+COMPILED = (
+    "roles.teacher.engine=ds_configs/zero0.json",
+    *(f"roles.{role}.compile=blocks" for role in ("teacher", "generator", "fake_score")),
+)
 ACCUMULATED = ("cold_start.micro_batch_size=1", "rtdmd.micro_batch_size=1")
 # Policy, matching and hinge gradients differ by orders of magnitude; each has a case that it dominates.
 MATCHING = ("rtdmd.distribution_matching_weight=1000", "rtdmd.reward_backprop.weight=0")
@@ -63,6 +67,9 @@ CASES = [
     ),
     Case("cold_start", extra=PLAIN_LAYOUT),
     Case("rtdmd", extra=PLAIN_LAYOUT),
+    Case("cold_start", extra=SELECTIVE),
+    Case("rtdmd", "sd3", extra=SELECTIVE),
+    Case("cold_start", engine="zero2", extra=SELECTIVE),
     Case("rtdmd", steps=1, extra=MATCHING),
     Case("rtdmd", steps=1, extra=HINGE),
     Case("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),
@@ -184,6 +191,25 @@ def test_two_ranks_equal_plain_pytorch(
         references[case.problem] = compute_plainly(recipe, 2, case.steps)
     expected, got = references[case.problem], two_ranks[case.name, 2]
     assert_equal(got, {"gradients": expected.gradients, "weights": expected.weights})
+
+
+COMPILED_CASES = [
+    Case("cold_start", family, engine=engine, extra=COMPILED)
+    for family in ("flux2", "sd3")
+    for engine in ("zero0", "zero2")
+]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_plain_pytorch(
+    tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path
+) -> None:
+    """With recomputation; also a second update finds the graphs of the first."""
+    got = compute(COMPILED_CASES, 1, tmp_path, pipelines, tiny_clip)
+    for case in COMPILED_CASES:
+        recipe = load_recipe("recipes/dry_run.yaml", overrides(case, pipelines, tiny_clip, 1))
+        expected = reference_cold_start(recipe, 1, case.steps)
+        assert_equal(got[case.name, 1], {"gradients": expected.gradients, "weights": expected.weights})
 
 
 def test_one_rank_equals_two(

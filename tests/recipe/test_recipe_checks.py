@@ -385,6 +385,12 @@ def test_a_shared_engine_file_is_reported_once(write_recipe: Write, tmp_path: Pa
     assert "roles.teacher.engine" in the_fault(write_recipe(), *roles)
 
 
+def test_compiled_blocks_are_not_for_zero_3(write_recipe: Write) -> None:
+    recipe = write_recipe()
+    line = the_fault(recipe, "roles.generator.engine=ds_configs/zero3.json", "roles.generator.compile=blocks")
+    assert "roles.generator.compile" in line and "use ZeRO 0 to 2" in line
+
+
 def test_a_misspelt_engine_file_gets_the_nearest(write_recipe: Write) -> None:
     line = the_fault(write_recipe(), "roles.generator.engine=ds_configs/zero_3.json")
     assert "did you mean 'ds_configs/zero3.json'?" in line

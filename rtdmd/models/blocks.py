@@ -1,0 +1,57 @@
+"""What is done to a transformer's blocks: recomputing their activations, compiling them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from rtdmd.recipe.schema import Checkpointing
+
+# Graphs that one kind of block may have: batch sizes × with and without gradient × with and without an
+# adapter × variants of the block. Beyond the limit torch runs the block uncompiled, and says so once.
+MAX_GRAPHS_PER_BLOCK = 64
+
+
+def blocks_of(network: nn.Module, lists: Sequence[str]) -> list[nn.Module]:
+    """The blocks of a transformer in the order of their execution; ``lists`` names their ModuleLists."""
+    return [block for name in lists for block in network.get_submodule(name).children()]
+
+
+def recompute_activations(network: nn.Module, policy: Checkpointing, lists: Sequence[str]) -> None:
+    """Drop blocks' activations in forward and compute them once more in backward.
+
+    ``full``: of every block; ``selective``: of every other one, beginning with the first; ``none``: of none.
+    Not reentrant: under ZeRO-3 reentrant checkpoints give wrong gradients with several forwards before one
+    backward.
+    """
+    if policy == "none":
+        return
+    blocks = blocks_of(network, lists)
+    chosen = set(blocks if policy == "full" else blocks[::2])
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
+
+    network.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+def compile_blocks(network: nn.Module, lists: Sequence[str]) -> None:
+    """Compile every block's forward with static shapes, one graph per kind of block and shape.
+
+    The module itself stays, so names in state dicts do too, and hooks on a block run around the compiled
+    code. Hooks on the layers within it, ZeRO-3's, would break the graph at each of them: the numbers stay
+    right, but a tiny network alone exceeds 64 graphs a layer, and nothing is gained. Attach adapters before.
+    """
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS_PER_BLOCK
+    for block in blocks_of(network, lists):
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def num_compiled_graphs() -> int:
+    """Graphs that this process has compiled so far; it stops growing once all shapes have been seen."""
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,110 @@
+"""Recomputed and compiled blocks compute what plain blocks do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtdmd.models import get_family
+from rtdmd.models.blocks import blocks_of, compile_blocks, num_compiled_graphs, recompute_activations
+from rtdmd.models.lora import attach_adapter
+from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+from rtdmd.randomness import Draws
+
+FAMILIES = ("flux2", "sd3")
+
+
+@pytest.fixture
+def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
+    return {"flux2": tiny_flux2, "sd3": tiny_sd3}
+
+
+def load(name: str, pipeline: Path) -> tuple[ModelFamily, nn.Module]:
+    """A family and its transformer with an adapter whose factors are not zero."""
+    family = get_family(name).load(
+        str(pipeline), device=torch.device("cpu"), dtype=torch.float32, max_sequence_length=32
+    )
+    network: Any = family.transformer_class.from_pretrained(pipeline, subfolder="transformer")  # type: ignore[attr-defined]
+    attach_adapter(network, 4, 8.0, family.lora_targets)
+    for key, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * Draws(0, "lora").normal(0, "factor", [key], parameter.shape)[0]
+    return family, network
+
+
+def gradients(family: ModelFamily, network: nn.Module, text: TextEmbeddings) -> dict[str, Tensor]:
+    """Of a loss over two forwards, at batch 1 and 2, before one backward, like the fake score's."""
+    x = Draws(0, "probe").normal(0, "x", [0, 1, 2], family.latent_shape(64, 64))
+    first = family.predict_velocity(network, x[:1], 0.7, text[[0]])
+    second = family.predict_velocity(network, x[1:], torch.tensor([0.2, 0.9]), text)
+    (first.square().mean() + (second - first).square().mean()).backward()
+    return {key: value.grad for key, value in network.named_parameters() if value.grad is not None}
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys() and expected
+    difference = sum((got[key] - expected[key]).square().sum() for key in expected)
+    size = sum(value.square().sum() for value in expected.values())
+    assert (difference / size).sqrt() < tolerance
+
+
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_recomputed_gradients_are_the_kept_ones(family_name: str, pipelines: dict[str, Path]) -> None:
+    results, runs = {}, {}
+    for policy in ("none", "selective", "full"):
+        family, network = load(family_name, pipelines[family_name])
+        text = family.encode_prompts(["a red circle", "two cats"])
+        recompute_activations(network, policy, family.block_lists)  # type: ignore[arg-type]
+        counts = [0] * len(blocks_of(network, family.block_lists))
+
+        def count(index: int, counts: list[int] = counts) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                counts[index] += 1
+
+            return hook
+
+        for index, block in enumerate(blocks_of(network, family.block_lists)):
+            block.register_forward_pre_hook(count(index))
+        results[policy] = gradients(family, network, text)
+        runs[policy] = counts
+    assert_close(results["selective"], results["none"], 1e-6)
+    assert_close(results["full"], results["none"], 1e-6)
+    blocks = len(runs["none"])
+    assert runs["none"] == [2] * blocks  # two forwards
+    assert runs["full"] == [4] * blocks
+    assert runs["selective"] == [4 - 2 * (index % 2) for index in range(blocks)]
+
+
+def test_blocks_come_in_the_order_of_execution(pipelines: dict[str, Path]) -> None:
+    family, network = load("flux2", pipelines["flux2"])
+    kinds = [type(block).__name__ for block in blocks_of(network, family.block_lists)]
+    assert kinds == ["Flux2TransformerBlock"] * 2 + ["Flux2SingleTransformerBlock"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_compiled_gradients_are_the_eager_ones(
+    family_name: str, policy: Any, pipelines: dict[str, Path]
+) -> None:
+    family, plain = load(family_name, pipelines[family_name])
+    text = family.encode_prompts(["a red circle", "two cats"])
+    expected = gradients(family, plain, text)
+    _, network = load(family_name, pipelines[family_name])
+    names = list(network.state_dict())
+    torch.compiler.reset()  # an earlier case has compiled the same graphs
+    recompute_activations(network, policy, family.block_lists)
+    compile_blocks(network, family.block_lists)
+    before = num_compiled_graphs()
+    assert_close(gradients(family, network, text), expected, 1e-5)
+    compiled = num_compiled_graphs()
+    assert compiled > before
+    assert list(network.state_dict()) == names
+    network.zero_grad()
+    assert_close(gradients(family, network, text), expected, 1e-5)
+    assert num_compiled_graphs() == compiled  # the same shapes compile nothing again
