@@ -47,6 +47,9 @@ class FrozenEngine:
         for owner in (optimizer, getattr(optimizer, "optimizer", None)):
             _release(getattr(owner, "__dict__", {}))
         parameter_offload.FWD_MODULE_STACK.clear()
+        # Whenever the engine is collected it destroys its optimizer once more. That would touch the emptied
+        # tensors, and in the middle of a torch.compile, where they count as fake ones, crash the process.
+        self._engine.optimizer = None
         del self._engine
         gc.collect()
         if torch.cuda.is_available():

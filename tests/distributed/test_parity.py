@@ -8,6 +8,7 @@ gradients into whole steps. Rewards see unrounded pictures (reference.py says wh
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Case:
     @property
     def name(self) -> str:
         parts = [self.stage, self.family, self.trains, self.engine, *self.extra]
-        return "-".join(part.replace(".", "_").replace("=", "_") for part in parts)
+        return "-".join(re.sub(r"[./=]", "_", part) for part in parts)
 
     @property
     def problem(self) -> tuple[str, str, str, int, tuple[str, ...]]:
@@ -69,7 +70,6 @@ CASES = [
     Case("rtdmd", extra=PLAIN_LAYOUT),
     Case("cold_start", extra=SELECTIVE),
     Case("rtdmd", "sd3", extra=SELECTIVE),
-    Case("cold_start", engine="zero2", extra=SELECTIVE),
     Case("rtdmd", steps=1, extra=MATCHING),
     Case("rtdmd", steps=1, extra=HINGE),
     Case("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),
