@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 EXTRAS ?= train,ocr,dev
-PYTEST_WORKERS ?= 0
+PYTEST_WORKERS ?= 2
 ARGS ?=
 
 SHELL := /bin/bash

@@ -21,7 +21,7 @@ def free_port() -> int:
 
 
 def run_ranks(
-    arguments: Sequence[str], world_size: int, *, timeout: float = 540, codes: Sequence[int] = (0,)
+    arguments: Sequence[str], world_size: int, *, timeout: float = 840, codes: Sequence[int] = (0,)
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run ``python arguments`` once per rank, as a launcher does; every exit code must be in ``codes``."""
     shared = os.environ | {
