@@ -44,8 +44,8 @@ def compile_blocks(network: nn.Module, lists: Sequence[str]) -> None:
     """Compile every block's forward with static shapes, one graph per kind of block and shape.
 
     The module itself stays, so names in state dicts do too, and hooks on a block run around the compiled
-    code. Hooks on the layers within it, ZeRO-3's, would break the graph at each of them: the numbers stay
-    right, but a tiny network alone exceeds 64 graphs a layer, and nothing is gained. Attach adapters before.
+    code. Hooks on the layers within it, ZeRO-3's, would break the graph at each of them: a tiny network alone
+    exceeds 64 graphs a layer, and nothing is gained. Attach adapters before.
     """
     torch._dynamo.config.recompile_limit = MAX_GRAPHS_PER_BLOCK
     for block in blocks_of(network, lists):
