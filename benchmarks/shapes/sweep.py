@@ -1,6 +1,6 @@
-"""One setting of recipes/shapes.yaml for so many seconds a stage, measured on the way: for choosing settings.
+"""One setting of a small world's recipe for so many seconds a stage, measured on the way.
 
-  python -m benchmarks.shapes.sweep NAME --seconds 120 120 [key=value …] >> sweep.jsonl
+  python -m benchmarks.shapes.sweep NAME [--recipe FILE] --seconds 120 120 [key=value …] >> sweep.jsonl
 
 Both stages run in this process, stage 2 from the average that stage 1 has reached; nothing is saved. A line
 of JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
@@ -16,8 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks.shapes import outcomes
 from benchmarks.shapes.measure import Judges
 from benchmarks.shapes.outcomes import Sampler
@@ -29,8 +27,6 @@ from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.assemble import HandOver, Stage, build_stage
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_state_dict
 from rtdmd.training.ema import Ema
-
-RECIPE = "recipes/shapes.yaml"
 
 
 class Sweep:
@@ -88,14 +84,14 @@ def main() -> None:
     )
     parser.add_argument("name")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--recipe", default="recipes/shapes.yaml")
     parser.add_argument("--seconds", type=float, nargs=2, default=[120.0, 120.0], help="of either stage")
     parser.add_argument("--captions", type=int, default=256)
     parser.add_argument("--every", type=float, default=30.0, help="seconds between measurements")
     options = parser.parse_intermixed_args()
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
-    recipe, stages = load_checked(RECIPE, options.overrides, world_size=1)
-    torch.set_float32_matmul_precision("high")
+    recipe, stages = load_checked(options.recipe, options.overrides, world_size=1)
     ranks = start_ranks(3600)
     sweep = Sweep(options.name, recipe, ranks, options.captions, options.every)
     left = HandOver()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Settings of the small world tried side by side, eight processes a GPU:  bash benchmarks/shapes/sweep_settings.sh OUT [SECONDS SECONDS]
-# Lines of JSON in OUT/sweep.jsonl; what the processes say in build/sweep.
+# Settings of the small world tried side by side on all GPUs:  bash benchmarks/shapes/sweep_settings.sh OUT [SECONDS SECONDS]
+# The demo's, whole, first; then those of recipes/shapes.yaml for so many seconds a stage. Lines of JSON in OUT/sweep.jsonl;
+# what the processes say is in build/sweep.
 set -uo pipefail
 out=$1
 gpus=$(nvidia-smi -L | wc -l)
@@ -18,34 +19,35 @@ try() { # NAME COLD_SECONDS RTDMD_SECONDS key=value …
 
 rates() { echo "cold_start.generator.learning_rate=$1 cold_start.fake_score.learning_rate=$2"; }
 
-small="cold_start.batch_size=16 rtdmd.sample_batch_size=32 rtdmd.num_sample_batches=1 rtdmd.images_per_prompt=8
-  rtdmd.score_batch_size=32 rtdmd.reward_backprop.micro_batch_size=32 cold_start.ema_decay=0.8 rtdmd.ema_decay=0.7"
-large="cold_start.batch_size=64 rtdmd.num_sample_batches=1 cold_start.ema_decay=0.95"
-cold=${2:-110}
-rtdmd=${3:-110}
-
-# As the demo: small batches, few updates.
-try d-base "$cold" "$rtdmd" $small $(rates 1e-3 1e-3) cold_start.generator_every=2 schedule.shift=1.5
-try d-fast "$cold" "$rtdmd" $small $(rates 2e-3 2e-3) cold_start.generator_every=2 schedule.shift=1.5 \
-  rtdmd.generator.learning_rate=1e-3
-try d-each "$cold" "$rtdmd" $small $(rates 1e-3 2e-3) cold_start.generator_every=1 schedule.shift=1.5 \
-  rtdmd.generator.learning_rate=5e-4
-try d-shift "$cold" "$rtdmd" $small $(rates 1e-3 1e-3) cold_start.generator_every=2 schedule.shift=2.5 \
-  rtdmd.generator.learning_rate=5e-4 rtdmd.reward_backprop.weight=0.5
+wide="lora.init_std.cold_start=0.1"
+# One process stands for the demo's two ranks.
+demo="--recipe recipes/demo.yaml --every 1000 cold_start.batch_size=16 rtdmd.sample_batch_size=32 rtdmd.reward_backprop.micro_batch_size=32"
+low="$(rates 3e-4 6e-4) cold_start.ema_decay=0.9"
+middle="$(rates 5e-4 1e-3) cold_start.ema_decay=0.9"
+try d-low 300 300 $demo $wide $low
+try d-middle 300 300 $demo $wide $middle
+try d-shift 300 300 $demo $wide $low schedule.shift=2.5
+try d-guide 300 300 $demo $wide $low schedule.shift=2.0 model.guidance_scale=4
+try d-large 300 300 $demo $wide $middle cold_start.batch_size=32 cold_start.iterations=45 cold_start.ema_decay=0.85
+try d-half 300 300 $demo $wide $middle cold_start.iterations=120 cold_start.generator_every=2
+try d-wider 300 300 $demo lora.init_std.cold_start=0.2 $(rates 2e-4 4e-4) cold_start.ema_decay=0.9
+try d-both 300 300 $demo $wide $low lora.init_std.rtdmd=0.1 rtdmd.generator.learning_rate=2e-4 rtdmd.fake_score.learning_rate=6e-4
+try d-rate 300 300 $demo $wide $low rtdmd.generator.learning_rate=6e-4
+try d-reward 300 300 $demo $wide $low rtdmd.distribution_matching_weight=0.25 rtdmd.generator.learning_rate=5e-4
+wait
 # At length.
-try f-base "$cold" "$rtdmd" $large $(rates 5e-4 5e-4) schedule.shift=1.5
-try f-slow "$cold" "$rtdmd" $large $(rates 2e-4 2e-4) schedule.shift=1.5 rtdmd.generator.learning_rate=5e-4
-try f-fast "$cold" "$rtdmd" $large $(rates 1e-3 1e-3) schedule.shift=1.5 rtdmd.distribution_matching_weight=0.5
-try f-often "$cold" "$rtdmd" $large $(rates 5e-4 1e-3) cold_start.generator_every=2 schedule.shift=1.5 \
-  rtdmd.reward_backprop.weight=0.5
-try f-shift1 "$cold" "$rtdmd" $large $(rates 5e-4 1e-3) cold_start.generator_every=2 schedule.shift=1.0 \
-  rtdmd.distribution_matching_weight=0.5 rtdmd.reward_backprop.weight=0.5
-try f-shift3 "$cold" "$rtdmd" $large $(rates 5e-4 1e-3) cold_start.generator_every=2 schedule.shift=3.0 \
-  rtdmd.distribution_matching_weight=0.5 rtdmd.reward_backprop.weight=2
-try f-guide4 "$cold" "$rtdmd" $large $(rates 5e-4 1e-3) cold_start.generator_every=2 schedule.shift=1.5 \
-  model.guidance_scale=4 rtdmd.distribution_matching_weight=0.5 rtdmd.policy_weight=0.1
-try f-rate "$cold" "$rtdmd" $large $(rates 5e-4 1e-3) cold_start.generator_every=2 schedule.shift=1.5 \
-  rtdmd.generator.learning_rate=1e-3 rtdmd.distribution_matching_weight=0.5
+long="cold_start.batch_size=64 cold_start.generator_every=2 rtdmd.num_sample_batches=1 rtdmd.ema_decay=0.9 --every 50"
+cold=${2:-190}
+rtdmd=${3:-190}
+tune() { echo "rtdmd.distribution_matching_weight=$1 rtdmd.reward_backprop.weight=$2 rtdmd.generator.learning_rate=$3"; }
+try f-base "$cold" "$rtdmd" $long $middle schedule.shift=1.5 $(tune 0.5 2 3e-4)
+try f-shift "$cold" "$rtdmd" $long $middle schedule.shift=3 $(tune 0.5 2 3e-4)
+try f-wide "$cold" "$rtdmd" $long $wide $low schedule.shift=2 $(tune 0.5 2 3e-4)
+try f-guide "$cold" "$rtdmd" $long $middle schedule.shift=2 model.guidance_scale=4 $(tune 0.5 1 3e-4)
+try f-wide-fast "$cold" "$rtdmd" $long $wide $middle schedule.shift=2 $(tune 0.25 2 5e-4)
+try f-all "$cold" "$rtdmd" $long $wide $middle schedule.shift=3 model.guidance_scale=4 cold_start.ema_decay=0.98 $(tune 1 4 3e-4)
+try f-large "$cold" "$rtdmd" $long $middle cold_start.batch_size=128 schedule.shift=2 $(tune 0.5 2 5e-4) rtdmd.num_sample_batches=2
+try f-policy "$cold" "$rtdmd" $long $wide $low schedule.shift=2.5 $(tune 0.2 0.5 3e-4)
 wait
 wc -l "$out/sweep.jsonl"
 for file in build/sweep/*.txt; do [ "$(grep -c Error "$file")" = 0 ] || { echo "$file"; tail -n 4 "$file"; }; done
