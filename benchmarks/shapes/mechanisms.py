@@ -130,14 +130,13 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     records, scores = stage._sample(epoch, drawn)
     micro_batches = stage._weigh(records, stage._advantages(records, scores, means))
     engine = stage.roles.generator.engine
-    parameters = [p for p in engine._engine.module.parameters() if p.requires_grad]
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    for micro in micro_batches:
-        for step in drawn:
-            loss = stage._policy_term(micro, step, means) / (len(micro_batches) * len(drawn))
-            for part, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
-                part += gradient
-    return torch.cat([part.flatten() for part in total])
+    terms = [(micro, step) for micro in micro_batches for step in drawn]
+    for number, (micro, step) in enumerate(terms):
+        loss = micro.share * stage._policy_term(micro, step, means) / len(terms)
+        engine.backward(loss, last=number == len(terms) - 1)
+    gradient = torch.cat([part.flatten() for part in engine.masters.gradients()])
+    engine._engine.zero_grad()
+    return gradient
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
