@@ -1,4 +1,4 @@
-"""What is done to a transformer's blocks: recomputing their activations, compiling them."""
+"""What is done to a transformer and its blocks: recomputing activations, compiling."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from rtdmd.recipe.schema import Checkpointing
+from rtdmd.recipe.schema import Checkpointing, Compile
 
-# Graphs that one kind of block may have: batch sizes × with and without gradient × with and without an
-# adapter × variants of the block. Beyond the limit torch runs the block uncompiled, and says so once.
-MAX_GRAPHS_PER_BLOCK = 64
+# Graphs that one kind of block, or of network, may have: batch sizes × with and without gradient × with and
+# without an adapter × variants of the block. Beyond the limit torch runs it uncompiled, and says so once.
+MAX_GRAPHS = 64
 
 
 def blocks_of(network: nn.Module, lists: Sequence[str]) -> list[nn.Module]:
@@ -40,16 +40,22 @@ def recompute_activations(network: nn.Module, policy: Checkpointing, lists: Sequ
     network.enable_gradient_checkpointing(run)  # type: ignore[operator]
 
 
-def compile_blocks(network: nn.Module, lists: Sequence[str]) -> None:
-    """Compile every block's forward with static shapes, one graph per kind of block and shape.
+def compile_forward(network: nn.Module, scope: Compile, lists: Sequence[str]) -> None:
+    """Compile with static shapes: ``blocks``, a graph per kind of block and shape; ``network``, one per shape.
 
-    The module itself stays, so names in state dicts do too, and hooks on a block run around the compiled
-    code. Hooks on the layers within it, ZeRO-3's, would break the graph at each of them: a tiny network alone
-    exceeds 64 graphs a layer, and nothing is gained. Attach adapters before.
+    Blocks of a kind share their graphs, so that a deep network compiles in the time of a few blocks. One
+    graph of everything leaves the host less to do at each step, which decides where layers are small;
+    compiling takes as much longer as there are blocks.
+
+    The module itself stays, so names in state dicts do too, and hooks on it run around the compiled code.
+    Hooks on the layers within, ZeRO-3's, would break the graph at each of them: a tiny network alone exceeds
+    64 graphs a layer, and nothing is gained. Attach adapters before.
     """
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS_PER_BLOCK
-    for block in blocks_of(network, lists):
-        block.forward = torch.compile(block.forward, dynamic=False)
+    if scope == "none":
+        return
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    for module in [network] if scope == "network" else blocks_of(network, lists):
+        module.forward = torch.compile(module.forward, dynamic=False)
 
 
 def num_compiled_graphs() -> int:

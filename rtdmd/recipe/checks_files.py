@@ -46,9 +46,10 @@ def check_engines(report: Report, recipe: Recipe) -> None:
                 advice = "use ZeRO 1 (zero1.json) or dtype float32"
                 report.fault(key, path, f"ZeRO 0 keeps no float32 masters of bfloat16 weights; {advice}")
             compile_key = f"roles.{role}.compile"
-            if value_at(recipe, compile_key) == "blocks" and _stage(content) == 3:
-                advice = f"{path} has ZeRO 3, whose hooks on every layer break a compiled block to pieces"
-                report.fault(compile_key, "blocks", f"{advice}; use ZeRO 0 to 2 or compile: none")
+            scope = value_at(recipe, compile_key)
+            if scope != "none" and _stage(content) == 3:
+                advice = f"{path} has ZeRO 3, whose hooks on every layer break compiled code to pieces"
+                report.fault(compile_key, scope, f"{advice}; use ZeRO 0 to 2 or compile: none")
 
 
 def check_models(report: Report, recipe: Recipe) -> None:

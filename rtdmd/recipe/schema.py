@@ -13,7 +13,7 @@ Dtype = Literal["float32", "bfloat16"]
 Trains = Literal["lora", "full"]
 RewardMode = Literal["default", "official"]
 Checkpointing = Literal["none", "selective", "full"]
-Compile = Literal["none", "blocks"]
+Compile = Literal["none", "blocks", "network"]
 
 # Those of them that a recipe has carry the gradient, unless it names others.
 DEFAULT_BACKPROP_REWARDS = ("clipscore", "hpsv2", "pickscore")
@@ -41,7 +41,7 @@ class TeacherSection:
     engine: str  # DeepSpeed JSON
     weights: str | None = None  # pipeline folder or hub id; null is model.pipeline
     revision: str | None = None
-    compile: Compile = "none"  # blocks: the transformer's blocks go through torch.compile
+    compile: Compile = "none"  # by torch.compile: each block by itself, or the network as one graph
 
 
 @dataclass(frozen=True)

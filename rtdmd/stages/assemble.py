@@ -17,7 +17,7 @@ from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.loading import TensorSource, build_network
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
-from rtdmd.models.blocks import compile_blocks, recompute_activations
+from rtdmd.models.blocks import compile_forward, recompute_activations
 from rtdmd.models.lora import attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.weights import WeightSource, role_weights
@@ -188,7 +188,7 @@ class _RoleBuilder:
     def teacher(self, section: TeacherSection) -> Teacher:
         config = engine_config(section.engine, self.recipe.dtype, None)
         network = self._network(self.loaders.weights(self.recipe, section, None), config)
-        self._compile(section, network)
+        compile_forward(network, section.compile, self.family.block_lists)
         return Teacher(
             start_frozen("teacher", network, config, self.calls),
             self.family,
@@ -206,7 +206,7 @@ class _RoleBuilder:
         else:
             network.requires_grad_(True)
         recompute_activations(network, section.activation_checkpointing, self.family.block_lists)
-        self._compile(section, network)
+        compile_forward(network, section.compile, self.family.block_lists)
         engine: TrainedEngine = start_trained(name, network, config, optimizer, self.calls, self.ranks)
         return Student(engine, self.family)
 
@@ -222,10 +222,6 @@ class _RoleBuilder:
         )
         source.close()
         return network
-
-    def _compile(self, section: TeacherSection | TrainedSection, network: nn.Module) -> None:
-        if section.compile == "blocks":
-            compile_blocks(network, self.family.block_lists)
 
     def _add_lora(self, role: str, network: nn.Module) -> None:
         lora = self.recipe.lora

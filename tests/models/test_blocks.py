@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rtdmd.models import get_family
-from rtdmd.models.blocks import blocks_of, compile_blocks, num_compiled_graphs, recompute_activations
+from rtdmd.models.blocks import blocks_of, compile_forward, num_compiled_graphs, recompute_activations
 from rtdmd.models.lora import attach_adapter
 from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 from rtdmd.randomness import Draws
@@ -87,10 +87,16 @@ def test_blocks_come_in_the_order_of_execution(pipelines: dict[str, Path]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("family_name", FAMILIES)
+@pytest.mark.parametrize(
+    ("family_name", "policy", "scope"),
+    [
+        *((name, policy, "blocks") for name in FAMILIES for policy in ("none", "full")),
+        ("flux2", "full", "network"),
+        ("sd3", "none", "network"),
+    ],
+)
 def test_compiled_gradients_are_the_eager_ones(
-    family_name: str, policy: Any, pipelines: dict[str, Path]
+    family_name: str, policy: Any, scope: Any, pipelines: dict[str, Path]
 ) -> None:
     family, plain = load(family_name, pipelines[family_name])
     text = family.encode_prompts(["a red circle", "two cats"])
@@ -99,7 +105,7 @@ def test_compiled_gradients_are_the_eager_ones(
     names = list(network.state_dict())
     torch.compiler.reset()  # an earlier case has compiled the same graphs
     recompute_activations(network, policy, family.block_lists)
-    compile_blocks(network, family.block_lists)
+    compile_forward(network, scope, family.block_lists)
     before = num_compiled_graphs()
     assert_close(gradients(family, network, text), expected, 1e-5)
     compiled = num_compiled_graphs()
