@@ -1,8 +1,10 @@
 """Outcomes of a network in the small world, on held-out captions.
 
   python -m benchmarks.shapes.measure runs/shapes [--to outcomes.json]
+  python -m benchmarks.shapes.measure recipes/shapes.yaml --teacher 50 3
 
-measures a run's generator, after the last stage that it finished.
+The first measures a run's generator, after the last stage that it finished; the second the recipe's teacher
+at 50 Euler steps with a guidance scale of 3.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import outcomes
-from benchmarks.shapes.outcomes import Sampler
+from benchmarks.shapes.outcomes import Sampler, euler
 from benchmarks.shapes.pictures import to_unit
 from rtdmd.evaluation.distances import frechet_distance
 from rtdmd.evaluation.statistics import by_stratum
@@ -115,15 +117,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("source", type=Path, help="a run's folder; a recipe for its teacher")
+    parser.add_argument("--teacher", type=float, nargs=2, metavar=("STEPS", "GUIDANCE"))
     parser.add_argument("--to", type=Path, help="write the numbers here too")
     parser.add_argument("--count", type=int, default=COUNT, help="held-out captions")
     options = parser.parse_args()
     device = pick_device(None)
-    recipe = load_for_sampling(str(options.run / "recipe.yaml"), [])
-    painter = build_painter(recipe, SampleOptions(run=options.run), device)
+    if options.teacher:
+        recipe = load_for_sampling(str(options.source), [])
+        painter = build_painter(recipe, SampleOptions(teacher=True), device)
+        sampler = euler(int(options.teacher[0]), options.teacher[1])
+    else:
+        recipe = load_for_sampling(str(options.source / "recipe.yaml"), [])
+        painter = build_painter(recipe, SampleOptions(run=options.source), device)
+        sampler = generator_sampler(painter)
     judges = Judges.load("test", options.count, device)
-    found = judges.measure(paint(painter, judges.prompts, generator_sampler(painter)))
+    found = judges.measure(paint(painter, judges.prompts, sampler))
     print(json.dumps(found, indent=2))
     if options.to:
         options.to.parent.mkdir(parents=True, exist_ok=True)

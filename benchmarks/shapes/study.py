@@ -2,6 +2,7 @@
 
   python -m benchmarks.shapes.study train --out runs/study --seeds 0 1 2 --parallel 6
   python -m benchmarks.shapes.study measure --out runs/study --seeds 0 1 2
+  python -m benchmarks.shapes.study_report runs/study --to docs/shapes
 
 ``train`` goes on where it was stopped. Runs are ``train_ds.py`` with overrides, one process each,
 ``--parallel`` of them at a time on each GPU (they are small: the GPU waits for the host). Logs are beside the
@@ -22,6 +23,8 @@ from pathlib import Path
 from queue import Queue
 
 import torch
+
+from benchmarks.shapes.report import TEACHERS
 
 RECIPE = "recipes/shapes.yaml"
 FIRST_PORT = 29700
@@ -102,6 +105,7 @@ class Devices:
         environment = os.environ | {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
         }  # fmt: skip
         environment |= {"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         start = time.perf_counter()
@@ -146,30 +150,34 @@ def train(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Outcomes of every run and mechanisms of the cold starts, each in a process, into JSON files."""
+    """Mechanisms of cold starts, outcomes of all runs and the teacher, a process each, into JSON files."""
     devices = Devices(options.parallel)
-    jobs = [
-        ("outcomes", launch.folder)
-        for launch in launches((*COLD_STARTS, *TUNINGS), options.seeds, options.out)
-    ]
-    jobs += [("tracking", launch.folder) for launch in launches(COLD_STARTS[:2], options.seeds, options.out)]
-    jobs += [("variance", launch.folder) for launch in launches(COLD_STARTS[:1], options.seeds, options.out)]
+    jobs: dict[str, list[str]] = {}
+    for launch in launches(COLD_STARTS[:2], options.seeds, options.out):
+        jobs[f"tracking-{launch.name}"] = ["mechanisms", "tracking", str(launch.folder)]
+    for launch in launches(COLD_STARTS[:1], options.seeds, options.out):
+        jobs[f"variance-{launch.name}"] = ["mechanisms", "variance", str(launch.folder)]
+    for launch in launches((*COLD_STARTS, *TUNINGS), options.seeds, options.out):
+        jobs[f"outcomes-{launch.name}"] = ["measure", str(launch.folder)]
+    for name, sampler in TEACHERS.items():
+        setting = [str(len(sampler.sigmas)), str(sampler.guidance_scale)]
+        jobs[f"outcomes-{name}"] = ["measure", RECIPE, "--teacher", *setting]
 
-    def run(kind: str, folder: Path) -> None:
-        target = options.out / "measured" / f"{kind}-{folder.name}.json"
-        if target.exists() or not folder.exists():
+    def run(name: str, job: list[str]) -> None:
+        target = options.out / "measured" / f"{name}.json"
+        if target.exists():
             return
-        what = ["measure"] if kind == "outcomes" else ["mechanisms", kind]
-        module, *arguments = [*what, str(folder), "--to", str(target)]
-        command = [sys.executable, "-m", f"benchmarks.shapes.{module}", *arguments]
-        seconds = devices.run(command, options.out / "logs" / f"{kind}-{folder.name}.txt")
+        module, *arguments = job
+        command = [sys.executable, "-m", f"benchmarks.shapes.{module}", *arguments, "--to", str(target)]
+        seconds = devices.run(command, options.out / "logs" / f"{name}.txt")
         print(f"{target}: {seconds:.0f} s", flush=True)
 
     with ThreadPoolExecutor(devices.count) as threads:
-        for job in [threads.submit(run, kind, folder) for kind, folder in jobs]:
-            error = job.exception()
-            if error is not None:
-                print(error, file=sys.stderr)
+        failures = [job.exception() for job in [threads.submit(run, *item) for item in jobs.items()]]
+    for failure in filter(None, failures):
+        print(failure, file=sys.stderr)
+    if any(failures):
+        raise SystemExit(1)
 
 
 def main() -> None:

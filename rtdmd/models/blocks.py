@@ -41,7 +41,7 @@ def recompute_activations(network: nn.Module, policy: Checkpointing, lists: Sequ
 
 
 def compile_forward(network: nn.Module, scope: Compile, lists: Sequence[str]) -> None:
-    """Compile with static shapes: ``blocks``, a graph per kind of block and shape; ``network``, one per shape.
+    """Compile with static shapes: ``blocks``, a graph per kind of block and shape; ``network``, one a shape.
 
     Blocks of a kind share their graphs, so that a deep network compiles in the time of a few blocks. One
     graph of everything leaves the host less to do at each step, which decides where layers are small;
