@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 def read(measured: Path, kind: str) -> dict[str, Values]:
-    """Values by variant and metric of ``KIND-VARIANT-SEED.json``, and of ``KIND-NAME.json`` without a seed."""
+    """Values by variant and metric, of ``KIND-VARIANT-SEED.json`` and, without a seed, ``KIND-NAME.json``."""
     found: dict[str, Values] = defaultdict(lambda: defaultdict(list))
     for path in sorted(measured.glob(f"{kind}-*.json")):
         name = path.stem.removeprefix(f"{kind}-")
