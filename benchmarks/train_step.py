@@ -295,7 +295,7 @@ def bench_rtdmd(bench: Bench, stage: Rtdmd, ema: Ema, clock: PhaseClock) -> None
 def bench_save(bench: Bench, stage: ColdStart | Rtdmd, ema: Ema, folder: Path) -> None:
     """One checkpoint with the state dicts beside it."""
     store = CheckpointStore(folder / "run" / stage.name / "checkpoints", bench.ranks, keep=1)
-    previews = Previews([], stage.family, stage.few, 0, bench.ranks)
+    previews = Previews([], stage.texts, stage.family, stage.few, 0, bench.ranks)
     run = StageRun(
         stage, ema, store, previews, None, bench.recipe, bench.ranks, folder / "run", StopRules([])
     )

@@ -14,6 +14,7 @@ Trains = Literal["lora", "full"]
 RewardMode = Literal["default", "official"]
 Checkpointing = Literal["none", "selective", "full"]
 Compile = Literal["none", "blocks"]
+TextEncoder = Literal["device", "offload", "once"]
 
 # Those of them that a recipe has carry the gradient, unless it names others.
 DEFAULT_BACKPROP_REWARDS = ("clipscore", "hpsv2", "pickscore")
@@ -32,6 +33,9 @@ class ModelSection:
     max_sequence_length: int | None = None  # text tokens; null is the family's own
     # A stage's prompts are encoded once and kept on each device if all fit into this; else as they come.
     prompt_embeddings_gib: float = 1.0
+    # Where text encoders wait: on the device; offload: in host memory, moved to the device for each use;
+    # once: nowhere, all of a stage's prompts are encoded at its start and must fit prompt_embeddings_gib.
+    text_encoder: TextEncoder = "device"
 
 
 @dataclass(frozen=True)

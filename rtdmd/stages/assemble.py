@@ -15,9 +15,11 @@ from rtdmd.distributed.config import engine_config
 from rtdmd.distributed.engine import TrainedEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.loading import TensorSource, build_network
+from rtdmd.errors import UserError
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
 from rtdmd.models.blocks import compile_blocks, recompute_activations
+from rtdmd.models.hosting import host_networks
 from rtdmd.models.lora import attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.weights import WeightSource, role_weights
@@ -109,9 +111,12 @@ def build_stage(
 ) -> Stage:
     """Load everything that stage ``name`` needs. Raises UserError for files that don't fit."""
     model = recipe.model
-    family = loaders.family(recipe, ranks.device)
-    draws = Draws(recipe.seed, name)
     settings = recipe.cold_start if name == "cold_start" else recipe.rtdmd
+    prompts = PromptSet.load(settings.prompts)
+    family = loaders.family(recipe, ranks.device)
+    encoders = [] if model.text_encoder == "device" else host_networks(family.text_encoders, ranks.device)
+    texts = encode_texts(recipe, family, prompts, calls.touch)
+    draws = Draws(recipe.seed, name)
     builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders)
     roles = Roles(
         builder.teacher(recipe.roles.teacher),
@@ -124,12 +129,34 @@ def build_stage(
         family.latent_shape(model.height, model.width),
     )
     matching = AmbientMatching(draws, _ambient_settings(recipe, settings))
-    prompts = PromptSet.load(settings.prompts)
-    texts = PromptTexts(family, prompts.prompts, model.prompt_embeddings_gib, calls.touch)
+    if model.text_encoder == "once":
+        for encoder in encoders:
+            encoder.free()
     if isinstance(settings, ColdStartSection):
         return ColdStart(roles, family, prompts, texts, steps, matching, draws, settings, ranks)
     panel = _build_panel(recipe, family, ranks, calls, loaders)
     return Rtdmd(roles, family, prompts, texts, panel, steps, matching, draws, settings, ranks)
+
+
+def preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
+    """What a stage with ``prompts`` paints now and then."""
+    return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
+
+
+def encode_texts(
+    recipe: Recipe, family: ModelFamily, prompts: PromptSet, progress: Callable[[], None]
+) -> PromptTexts:
+    """Texts of a stage and of its previews. Raises UserError if they have to be kept and don't fit."""
+    model = recipe.model
+    previews = preview_prompts(recipe, prompts)
+    texts = PromptTexts(family, prompts.prompts, model.prompt_embeddings_gib, progress, previews)
+    if model.text_encoder == "once" and not texts.are_kept:
+        raise UserError(
+            f"model.text_encoder = 'once': the prompts' embeddings take {texts.gib:.2f} GiB, "
+            f"model.prompt_embeddings_gib is {model.prompt_embeddings_gib:g}; raise it, use fewer prompts "
+            "(their `limit`), or write offload"
+        )
+    return texts
 
 
 def _ambient_settings(recipe: Recipe, settings: ColdStartSection | RtdmdSection) -> AmbientSettings:

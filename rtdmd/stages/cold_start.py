@@ -49,7 +49,7 @@ class ColdStart:
         self.num_steps = settings.iterations
         self.family = family
         self.prompts = prompts
-        self._texts = texts
+        self.texts = texts
         self._order = ShuffledPrompts(len(prompts), draws.seed, self.name)
         self.few = steps
         self._matching = matching
@@ -132,6 +132,6 @@ class ColdStart:
             first = (number * world + rank) * size
             indices = list(range(first, first + size))
             offset = iteration * self.settings.batch_size * world
-            text = self._texts([self._order.index(offset + index) for index in indices])
+            text = self.texts([self._order.index(offset + index) for index in indices])
             batches.append(MicroBatch(indices, text))
         return batches

@@ -53,7 +53,7 @@ class Rtdmd:
         self.num_steps = settings.epochs
         self.family = family
         self.prompts = prompts
-        self._texts = texts
+        self.texts = texts
         self.panel = panel
         self.few = steps
         self._matching = matching
@@ -138,7 +138,7 @@ class Rtdmd:
         ``shared_noise`` the noise of the other stochastic steps is the prompt's.
         """
         distinct = sorted(set(prompt_ids))
-        text = self._texts(distinct)
+        text = self.texts(distinct)
         rows = [distinct.index(prompt) for prompt in prompt_ids]
 
         def noise(purpose: str, keys: Sequence[int]) -> Tensor:
