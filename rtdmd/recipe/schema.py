@@ -12,7 +12,7 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16"]
 Trains = Literal["lora", "full"]
 RewardMode = Literal["default", "official"]
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "full", "auto"]
 Compile = Literal["none", "blocks"]
 TextEncoder = Literal["device", "offload", "once"]
 
@@ -56,7 +56,9 @@ class TrainedSection:
     weights: str | None = None
     revision: str | None = None
     trains: Trains = "lora"
-    activation_checkpointing: Checkpointing = "full"  # blocks recomputed in backward; selective: every other
+    # Blocks recomputed in backward; selective: every other; auto: as few as the GPU's memory allows, measured
+    # on the stage's first updates (without a GPU none).
+    activation_checkpointing: Checkpointing = "full"
     compile: Compile = "none"
 
 

@@ -27,6 +27,7 @@ from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import (
     DEFAULT_BACKPROP_REWARDS,
+    Checkpointing,
     ColdStartSection,
     OptimizerSection,
     Recipe,
@@ -39,6 +40,7 @@ from rtdmd.rewards import load_rewards
 from rtdmd.rewards.protocol import Reward
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
+from rtdmd.stages.activations import AutomaticRecomputation, CudaMemory
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import RewardPanel
@@ -117,11 +119,13 @@ def build_stage(
     encoders = [] if model.text_encoder == "device" else host_networks(family.text_encoders, ranks.device)
     texts = encode_texts(recipe, family, prompts, calls.touch)
     draws = Draws(recipe.seed, name)
-    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders)
+    automatic = _automatic_recomputation(recipe, ranks)
+    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders, automatic)
     roles = Roles(
         builder.teacher(recipe.roles.teacher),
         builder.student("generator", recipe.roles.generator, settings.generator, hand_over.generator),
         builder.student("fake_score", recipe.roles.fake_score, settings.fake_score, hand_over.fake_score),
+        automatic,
     )
     steps = FewSteps(
         family.sigmas(recipe.schedule.timesteps, model.height, model.width),
@@ -141,6 +145,14 @@ def build_stage(
 def preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
     """What a stage with ``prompts`` paints now and then."""
     return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
+
+
+def _automatic_recomputation(recipe: Recipe, ranks: Ranks) -> AutomaticRecomputation | None:
+    """Where a role asks for it and there is a GPU whose memory can be watched."""
+    trained = (recipe.roles.generator, recipe.roles.fake_score)
+    if ranks.device.type != "cuda" or all(role.activation_checkpointing != "auto" for role in trained):
+        return None
+    return AutomaticRecomputation(CudaMemory(ranks.device), ranks)
 
 
 def encode_texts(
@@ -211,6 +223,7 @@ class _RoleBuilder:
     calls: CallLog
     draws: Draws
     loaders: Loaders
+    automatic: AutomaticRecomputation | None
 
     def teacher(self, section: TeacherSection) -> Teacher:
         config = engine_config(section.engine, self.recipe.dtype, None)
@@ -232,7 +245,7 @@ class _RoleBuilder:
             self._add_lora(name, network)
         else:
             network.requires_grad_(True)
-        recompute_activations(network, section.activation_checkpointing, self.family.block_lists)
+        self._recompute(name, section.activation_checkpointing, network)
         self._compile(section, network)
         engine: TrainedEngine = start_trained(name, network, config, optimizer, self.calls, self.ranks)
         return Student(engine, self.family)
@@ -249,6 +262,13 @@ class _RoleBuilder:
         )
         source.close()
         return network
+
+    def _recompute(self, role: str, policy: Checkpointing, network: nn.Module) -> None:
+        if policy == "auto" and self.automatic is None:
+            policy = "none"
+        recomputation = recompute_activations(network, policy, self.family.block_lists)
+        if self.automatic is not None:
+            self.automatic.add(role, network, recomputation if policy == "auto" else None)
 
     def _compile(self, section: TeacherSection | TrainedSection, network: nn.Module) -> None:
         if section.compile == "blocks":

@@ -65,7 +65,8 @@ class ColdStart:
         norms = {"fake_score/grad_norm": fake}
         if updates_generator:
             norms["generator/grad_norm"] = self._update_generator(iteration, batch, means)
-        return StepReport(means.read(self._ranks) | norms, updates_generator)
+        notices = self.roles.after_step(updates_generator)
+        return StepReport(means.read(self._ranks) | norms, updates_generator, notices)
 
     def close(self) -> None:
         """Free the engines."""

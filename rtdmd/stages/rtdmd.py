@@ -82,6 +82,7 @@ class Rtdmd:
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
         metrics = scores.metrics() | means.read(self._ranks) | norms
         notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(metrics)]
+        notices += self.roles.after_step(True)
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
     def close(self) -> None:
