@@ -31,9 +31,10 @@ def recompute_activations(
     """
     if policy == "none":
         return None
-    recomputation = Recomputation(network, blocks_of(network, lists))
+    recomputation = Recomputation(blocks_of(network, lists))
     if policy == "selective":
         recomputation.choose((len(recomputation.blocks) + 1) // 2)
+    network.enable_gradient_checkpointing(recomputation.run)  # type: ignore[operator]
     return recomputation
 
 

@@ -105,13 +105,13 @@ class Recomputation:
     backward. Blocks may be chosen anew between updates, on all ranks alike.
     """
 
-    def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = list(blocks)
         self._recomputed = set(self.blocks)
         self._counters: dict[nn.Module, SavedBytes] = {}
-        network.enable_gradient_checkpointing(self._run)  # type: ignore[operator]
 
-    def _run(self, block: nn.Module, *args: Any) -> Any:
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """``block(*args)``, for diffusers' ``enable_gradient_checkpointing``."""
         if block in self._recomputed:
             return checkpoint(block, *args, use_reentrant=False)
         counter = self._counters.get(block)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,13 +50,11 @@ class Chain(nn.Module):
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-
-    def enable_gradient_checkpointing(self, run: Any) -> None:
-        self.run = run
+        self.recomputation = Recomputation(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = self.run(block, x)
+            x = self.recomputation.run(block, x) if torch.is_grad_enabled() else block(x)
         return x
 
 
@@ -91,7 +87,7 @@ def test_bytes_that_a_block_keeps() -> None:
 
 def test_one_block_of_each_kind_is_measured() -> None:
     network = Chain(*(block(width) for width in (8, 8, 16, 16, 16)))
-    recomputation = Recomputation(network, list(network.blocks))
+    recomputation = network.recomputation
     recomputation.measure()
     assert recomputation.measured == {0, 2}
     network(torch.randn(2, 3)).sum().backward()

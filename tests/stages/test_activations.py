@@ -42,7 +42,7 @@ class Scripted:
 
 def chain(widths: tuple[int, ...]) -> tuple[Chain, Recomputation]:
     network = Chain(*(block(width) for width in widths))
-    return network, Recomputation(network, list(network.blocks))
+    return network, network.recomputation
 
 
 def recomputed(recomputation: Recomputation) -> list[bool]:
@@ -102,7 +102,7 @@ def test_what_is_predicted_is_an_upper_bound(share: float) -> None:
     """Twelve blocks that keep 64 MiB each, on a device with room for a share of them."""
     device = torch.device("cuda", 0)
     network = Chain(*(block(2**14) for _ in range(12))).to(device)
-    recomputation = Recomputation(network, list(network.blocks))
+    recomputation = network.recomputation
 
     class Limited(CudaMemory):
         def available(self) -> int:
