@@ -13,7 +13,8 @@ the former and one of the latter over ten, averaged over the stop indices. Its p
 of rtdmd, are timed in further steps in which the device is waited for between phases.
 
 Utilisation is model FLOP (model_flops.py states what counts) over seconds and the matrix ceiling of the same
-run. ``--baseline`` first measures cold start in plain eager PyTorch (published_style.py), one process alone.
+run. ``--baseline ddp`` or ``fsdp`` first measures cold start in plain eager PyTorch (published_style.py), in
+one process alone.
 
 A case that fails, for want of memory say, is a row with an ``error``. A single process goes on with the next
 case, on a stage built anew; several can't, since the others wait in a collective. The JSON is written after
@@ -69,7 +70,6 @@ TINY_OVERRIDES = (
     "cold_start.batch_size=2",
     "rtdmd.sample_batch_size=2",
 )
-BASELINE = "published style"
 
 
 class StopAt:
@@ -258,13 +258,16 @@ def bench_baseline(bench: Bench) -> None:
     options = bench.options
 
     def make() -> PublishedStyle:
-        made = PublishedStyle(bench.recipe, PROMPTS, bench.ranks.device, options.tiny)
+        made = PublishedStyle(bench.recipe, PROMPTS, bench.ranks.device, options.tiny, options.baseline)
         count_flops(bench, made.family, made.unconditional)
         return made
 
     baseline = None
     for case in cold_start_cases(bench):
-        name, facts = f"{BASELINE}: {case.name}", case.facts | {"baseline": True}
+        name, facts = (
+            f"published {options.baseline}: {case.name}",
+            case.facts | {"baseline": options.baseline},
+        )
         baseline = baseline or bench.attempt(name, facts, make)
         if baseline is None:
             return
@@ -273,11 +276,13 @@ def bench_baseline(bench: Bench) -> None:
         measure = partial(bench.measure, run, bench.recipe.cold_start.batch_size, forwards)
         row = bench.attempt(name, facts, measure)
         if row is None:
-            del run, measure
+            baseline.close()
             baseline = None
             bench.free()
         else:
             bench.report({"case": name, **facts, **row})
+    if baseline is not None:
+        baseline.close()
 
 
 def count_flops(bench: Bench, family: Any, text: Any) -> None:
@@ -332,7 +337,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps of each case before them")
     parser.add_argument("--phase-steps", type=int, default=2, help="steps whose phases are timed")
     parser.add_argument("--stops", type=int, nargs="+", help="stop indices of cold start (all)")
-    parser.add_argument("--baseline", action="store_true", help="plain PyTorch's cold start too")
+    parser.add_argument(
+        "--baseline", nargs="?", const="ddp", choices=["ddp", "fsdp"], help="plain PyTorch's cold start too"
+    )
     parser.add_argument("--no-save", action="store_true", help="without the checkpoint")
     parser.add_argument("--tiny", action="store_true", help="small networks, to try the script itself")
     parser.add_argument("--output", type=Path, help="JSON file")

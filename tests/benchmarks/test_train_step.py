@@ -99,10 +99,11 @@ def run(arguments: list[str], world_size: int, folder: Path, code: int = 0) -> t
 
 def test_cold_start_and_its_baseline(tmp_path: Path) -> None:
     """No schedule has nine steps: that case is a row with its error, and the others go on."""
-    result, printed = run(["recipes/flux2_4b.yaml", "--stops", "9", "4", "--baseline"], 1, tmp_path, code=1)
+    options = ["--stops", "9", "4", "--baseline", "fsdp"]
+    result, printed = run(["recipes/flux2_4b.yaml", *options], 1, tmp_path, code=1)
     cases = [row["case"] for row in result["rows"]]
     ours = [f"stop {stop}, {kind}" for stop in (9, 4) for kind in ("with generator", "fake score alone")]
-    assert cases == [*(f"published style: {case}" for case in ours), *ours, "save"]
+    assert cases == [*(f"published fsdp: {case}" for case in ours), *ours, "save"]
     assert ["error" in row for row in result["rows"]] == [True, True, False, False] * 2 + [False]
     assert result["error"] == f"{cases[0]}: IndexError: list index out of range"
     assert "| case | seconds | utilisation | peak GiB | reserved GiB |" in printed
