@@ -54,6 +54,15 @@ class _Saved:
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
 
 
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Of nested sequences."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 class SavedBytes:
     """Bytes that autograd keeps of a block's forwards, all that are alive together.
 
@@ -69,7 +78,7 @@ class SavedBytes:
     @contextmanager
     def counting(self, block: nn.Module, arguments: Sequence[Any]) -> Iterator[None]:
         """Count what the forward in this context saves."""
-        given = {value.untyped_storage().data_ptr() for value in arguments if isinstance(value, Tensor)}
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors(arguments)}
 
         def pack(tensor: Tensor) -> _Saved:
             saved = _Saved(tensor)
