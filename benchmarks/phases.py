@@ -85,7 +85,7 @@ class PhaseClock:
 
 def instrument(stage: Stage, ema: Ema, clock: PhaseClock) -> None:
     """Let ``clock`` see what ``stage`` and ``ema`` do."""
-    stage._texts = clock.timed(stage._texts, "text encoding")  # type: ignore[assignment]
+    stage.texts = clock.timed(stage.texts, "text encoding")  # type: ignore[assignment]
     clock.wrap(stage._matching, "fake_score_loss", "fake score: forward")
     clock.wrap(stage._matching, "generator_loss", "generator: teacher and fake score")
     clock.wrap(stage.family, "decode", "decode")

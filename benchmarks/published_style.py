@@ -3,33 +3,47 @@
 Follows what FACTS of the published code say about its cost, not its text: autocast over bfloat16 networks,
 peft's own LoRA layers, whole text encoder with its vocabulary head, guidance and the regulariser's two moves
 one after the other, and an EMA of all parameters at every iteration.
+
+``ddp`` is without the wrapper, which in one process only copies the adapters' gradients into buckets.
+``fsdp`` wraps every block, what trains and what is frozen together, so that the base's weight gradients are
+computed and kept as well.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from benchmarks.full_size import build_flux2, build_sd3, role_weights, size_of
 from benchmarks.reward_memory import creating_on
 from rtdmd.distributed.loading import build_network
+from rtdmd.models.blocks import blocks_of
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import OptimizerSection, Recipe
 from rtdmd.rollout import VelocityFn, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings, Samples
 
+Wrapper = Literal["ddp", "fsdp"]
+
 
 class PublishedStyle:
     """Three whole networks, two optimizers, an EMA."""
 
-    def __init__(self, recipe: Recipe, prompts: Sequence[str], device: torch.device, tiny: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, prompts: Sequence[str], device: torch.device, tiny: bool, wrapper: Wrapper
+    ) -> None:
+        """In the one process of an initialised process group."""
         self._recipe = recipe
+        self._wrapper = wrapper
         self._device = device
         self._dtype = getattr(torch, recipe.dtype)
         self._prompts = list(prompts)
@@ -47,14 +61,16 @@ class PublishedStyle:
                     size_of(recipe, tiny), model.max_sequence_length, recipe.schedule.shift
                 )
         self.unconditional = self.family.encode_prompts([""])
-        self._teacher = self._network(tiny).requires_grad_(False).eval()
+        self._teacher = self._wrapped(self._network(tiny).requires_grad_(False).eval())
         self._generator = self._with_lora(self._network(tiny))
         self._fake = self._with_lora(self._network(tiny))
         self._optimizers = {
             "generator": self._adam(self._generator, settings.generator),
             "fake": self._adam(self._fake, settings.fake_score),
         }
-        self._ema = [parameter.detach().clone() for parameter in self._generator.parameters()]
+        # Listed once: between forward and backward FSDP's modules don't show all of their parameters.
+        self._averaged = list(self._generator.parameters())
+        self._ema = [parameter.detach().clone() for parameter in self._averaged]
         self._shape = self.family.latent_shape(model.height, model.width)
         self._sigmas = self.family.sigmas(recipe.schedule.timesteps, model.height, model.width)
         self._draws = Draws(recipe.seed, "baseline")
@@ -83,7 +99,29 @@ class PublishedStyle:
         targets = list(lora.targets or self.family.lora_targets)
         network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))  # type: ignore[operator]
         network.enable_gradient_checkpointing()  # type: ignore[operator]
-        return network.to(self._device, self._dtype)
+        return self._wrapped(network.to(self._device, self._dtype))
+
+    def _wrapped(self, network: nn.Module) -> nn.Module:
+        if self._wrapper == "ddp":
+            return network
+        kinds = {type(block) for block in blocks_of(network, self.family.block_lists)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process doesn't shard, that gradients take more memory
+            return FullyShardedDataParallel(
+                network,
+                auto_wrap_policy=ModuleWrapPolicy(kinds),
+                use_orig_params=True,
+                device_id=self._device,
+            )
+
+    def close(self) -> None:
+        """Free the memory, whatever still refers to it."""
+        for network in (self._teacher, self._generator, self._fake):
+            for parameter in network.parameters():
+                parameter.untyped_storage().resize_(0)
+        self._averaged.clear()
+        self._ema.clear()
+        self._optimizers.clear()
 
     def _adam(self, network: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -133,10 +171,9 @@ class PublishedStyle:
         )
         return Samples(trajectory.final, trajectory.final_sigma, step, indices)
 
-    def _update(self, name: str, network: nn.Module, loss: Tensor) -> None:
+    def _update(self, name: str, loss: Tensor) -> None:
         loss.backward()
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(self._optimizers[name].param_groups[0]["params"], 1.0)
         self._optimizers[name].step()
         self._optimizers[name].zero_grad()
 
@@ -147,12 +184,12 @@ class PublishedStyle:
         with self._autocast():
             samples = self._states(text, step, stop, grad_last=False)
             loss, _ = self._matching.fake_score_loss(self._velocity(self._fake, text), samples)
-        self._update("fake", self._fake, loss)
+        self._update("fake", loss)
         if with_generator:
             with self._autocast():
                 samples = self._states(text, step, stop, grad_last=True)
                 loss = self._matching.generator_loss(
                     self._guided(text), self._velocity(self._fake, text), samples
                 )
-            self._update("generator", self._generator, loss)
-        torch._foreach_lerp_(self._ema, [p.detach() for p in self._generator.parameters()], 0.01)
+            self._update("generator", loss)
+        torch._foreach_lerp_(self._ema, [parameter.detach() for parameter in self._averaged], 0.01)

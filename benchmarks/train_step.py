@@ -13,37 +13,38 @@ the former and one of the latter over ten, averaged over the stop indices. Its p
 of rtdmd, are timed in further steps in which the device is waited for between phases.
 
 Utilisation is model FLOP (model_flops.py states what counts) over seconds and the matrix ceiling of the same
-run. ``--baseline`` first measures cold start in plain eager PyTorch (published_style.py), one process alone.
+run. ``--baseline ddp`` or ``fsdp`` first measures cold start in plain eager PyTorch (published_style.py), in
+one process alone.
+
+A case that fails, for want of memory say, is a row with an ``error``. A single process goes on with the next
+case, on a stage built anew; several can't, since the others wait in a collective. The JSON is written after
+every row, and the exit code is 1 where anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
-import torch
-
 from benchmarks.full_size import random_loaders, size_of
-from benchmarks.model_flops import cold_start_forwards, forward_flops, matrix_ceiling, rtdmd_forwards
-from benchmarks.phases import REST, PhaseClock, instrument
+from benchmarks.measuring import GIB, Bench, one_line, table, write_json
+from benchmarks.model_flops import cold_start_forwards, forward_flops, rtdmd_forwards
+from benchmarks.phases import PhaseClock, instrument
 from benchmarks.published_style import PublishedStyle
 from benchmarks.reward_models import BUILDERS
-from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
+from rtdmd.distributed.collectives import start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
 from rtdmd.errors import UserError
-from rtdmd.models.blocks import num_compiled_graphs
 from rtdmd.recipe import load_recipe
 from rtdmd.recipe.checks import find_faults
 from rtdmd.recipe.schema import PromptsSection, Recipe
@@ -57,7 +58,6 @@ from rtdmd.training.loop import StageRun
 from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
 
-GIB = 2**30
 COUNTS, COLOURS = ("one", "two", "three", "four"), ("red", "green", "blue", "black")
 SHAPES = ("circles", "squares", "crosses", "stars")
 PROMPTS = [f"{count} {colour} {shape}" for count in COUNTS for colour in COLOURS for shape in SHAPES]
@@ -70,7 +70,6 @@ TINY_OVERRIDES = (
     "cold_start.batch_size=2",
     "rtdmd.sample_batch_size=2",
 )
-BASELINE = "published style"
 
 
 class StopAt:
@@ -126,116 +125,6 @@ def prepare(options: argparse.Namespace, folder: Path) -> Recipe:
     return measured
 
 
-class Bench:
-    """What all measurements share; rank 0 prints and writes each row as soon as it is there."""
-
-    def __init__(self, options: argparse.Namespace, recipe: Recipe, ranks: Ranks) -> None:
-        self.options = options
-        self.recipe = recipe
-        self.ranks = ranks
-        self.rows: list[dict[str, Any]] = []
-        dtype = getattr(torch, recipe.dtype)
-        self.ceiling = matrix_ceiling(ranks.device, dtype, 256 if options.tiny else 8192)
-        self.flops = 0  # F of one sample
-        on_cuda = ranks.device.type == "cuda"
-        self.result: dict[str, Any] = {
-            "device": torch.cuda.get_device_name(ranks.device) if on_cuda else "cpu",
-            "ranks": ranks.world_size,
-            "torch": torch.__version__,
-            "recipe": options.recipe,
-            "overrides": options.overrides,
-            "stage": options.stage,
-            "tiny": options.tiny,
-            "ceiling_tflops": self.ceiling / 1e12,
-            "rows": self.rows,
-            "summary": {},
-            "error": None,
-        }
-
-    def write(self) -> None:
-        """The JSON file, on rank 0, if one was asked for."""
-        output: Path | None = self.options.output
-        if output is not None and self.ranks.is_main:
-            output.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
-
-    def say(self, text: str) -> None:
-        """A line on rank 0."""
-        if self.ranks.is_main:
-            print(text, flush=True)
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Keep, print and write one measurement."""
-        self.rows.append(row)
-        self.say(json.dumps(row))
-        self.write()
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize(self.ranks.device)
-
-    def slowest(self, values: Sequence[float]) -> list[float]:
-        """Collective: element-wise maximum over ranks."""
-        together = torch.tensor(list(values), dtype=torch.float64, device=self.ranks.device)
-        return self.ranks.max(together).tolist()
-
-    def memory(self) -> tuple[float, float]:
-        """GiB allocated and reserved at most since the last reset, on the fullest rank; 0 without CUDA."""
-        if self.ranks.device.type != "cuda":
-            return 0.0, 0.0
-        device = self.ranks.device
-        peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        allocated, reserved = self.slowest(peaks)
-        return round(allocated / GIB, 2), round(reserved / GIB, 2)
-
-    def measure(self, name: str, run: Callable[[int], None], samples: int, forwards: int) -> dict[str, Any]:
-        """``run(k)`` for k = 0, 1, …, of which the first ``--warmup`` don't count.
-
-        ``forwards`` evaluations in F for each of this rank's ``samples`` are what a step must compute.
-        """
-        times = []
-        graphs = 0
-        for number in range(self.options.warmup + self.options.steps):
-            if number == self.options.warmup:
-                graphs = num_compiled_graphs()
-                if self.ranks.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.ranks.device)
-            self.ranks.barrier()
-            self.synchronize()
-            start = time.perf_counter()
-            run(number)
-            self.synchronize()
-            times.append(time.perf_counter() - start)
-        measured = self.slowest(times)[self.options.warmup :]
-        allocated, reserved = self.memory()
-        model_flop = forwards * samples * self.flops
-        return {
-            "case": name,
-            "seconds": median(measured),
-            "fastest": min(measured),
-            "slowest": max(measured),
-            "peak_gib": allocated,
-            "reserved_gib": reserved,
-            "model_tflop": model_flop / 1e12,
-            "utilisation": model_flop / median(measured) / self.ceiling,
-            "graphs_compiled_meanwhile": num_compiled_graphs() - graphs,
-        }
-
-    def phases(self, clock: PhaseClock, run: Callable[[int], None]) -> dict[str, dict[str, float]]:
-        """Mean seconds and peak GiB of each phase of ``run``, this rank's, over ``--phase-steps``."""
-        clock.phases.clear()
-        clock.enabled = True
-        count = self.options.phase_steps
-        for number in range(count):
-            with clock.phase(REST):
-                run(number)
-        clock.enabled = False
-        return {
-            name: {"seconds": phase.seconds / count, "peak_gib": round(phase.peak / GIB, 2)}
-            for name, phase in sorted(clock.phases.items(), key=lambda item: -item[1].seconds)
-        }
-
-
 def cold_start_numbers(every: int, with_generator: bool) -> Callable[[int], int]:
     """The k-th iteration that does, or doesn't, update the generator."""
     if with_generator:
@@ -243,61 +132,117 @@ def cold_start_numbers(every: int, with_generator: bool) -> Callable[[int], int]
     return lambda k: every * (k // (every - 1)) + k % (every - 1)
 
 
-def blended(rows: Sequence[dict[str, Any]], key: str = "seconds") -> float | None:
-    """(9·fake score alone + with generator)/10, each averaged over the stop indices."""
-    alone = [row[key] for row in rows if not row["with_generator"]]
-    both = [row[key] for row in rows if row["with_generator"]]
+def blended(rows: Sequence[dict[str, Any]]) -> float | None:
+    """(9·fake score alone + with generator)/10 seconds, each averaged over the stop indices."""
+    if any("error" in row for row in rows):
+        return None
+    alone = [row["seconds"] for row in rows if not row["with_generator"]]
+    both = [row["seconds"] for row in rows if row["with_generator"]]
     return 0.9 * mean(alone) + 0.1 * mean(both) if alone and both else None
 
 
-def bench_cold_start(bench: Bench, stage: ColdStart, ema: Ema, clock: PhaseClock) -> None:
-    """All stop indices, without and with a generator update."""
-    every, recipe, draws = stage.settings.generator_every, bench.recipe, stage.draws
-    samples = stage.settings.batch_size
-    kinds = [True, False] if every > 1 else [True]
-    for stop in bench.options.stops or range(1, len(stage.few.sigmas) + 1):
-        stage.draws = StopAt(draws, stop)  # type: ignore[assignment]
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What cold start's rows come to, as far as none of them failed."""
+    theirs = [row for row in rows if row.get("baseline")]
+    ours = [row for row in rows if "stop" in row and not row.get("baseline")]
+    before, after = blended(theirs), blended(ours)
+    summary = {"blended_seconds": after, "baseline_blended_seconds": before}
+    if before is not None and after is not None:
+        summary["times_faster"] = before / after
+    return {name: value for name, value in summary.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A stage with what surrounds it."""
+
+    stage: ColdStart | Rtdmd
+    ema: Ema
+    clock: PhaseClock
+    draws: Any  # the stage's own
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement of a stage: its name, what else its row says, and what makes the rest of the row."""
+
+    name: str
+    run: Callable[[Built], dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def build(bench: Bench) -> Built:
+    """The stage that was asked for, with random weights."""
+    start = time.perf_counter()
+    recipe, ranks, options = bench.recipe, bench.ranks, bench.options
+    loaders = random_loaders(options.tiny)
+    stage = build_stage(options.stage, recipe, ranks, CallLog(ranks), HandOver(), loaders)
+    ema = Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=options.stage == "rtdmd")
+    bench.result["build_seconds"] = time.perf_counter() - start
+    count_flops(bench, stage.family, stage.roles.teacher.unconditional)
+    clock = PhaseClock(ranks.device)
+    instrument(stage, ema, clock)
+    return Built(stage, ema, clock, stage.draws)
+
+
+def step(bench: Bench, built: Built, number: int) -> None:
+    """One step as the loop runs it."""
+    report = built.stage.step(number)
+    bench.result["notices"] += report.notices
+    if report.generator_updated:
+        built.ema.update()
+
+
+def cold_start_cases(bench: Bench) -> Iterator[Case]:
+    """All stop indices, with and without a generator update."""
+    settings = bench.recipe.cold_start
+    kinds = [True, False] if settings.generator_every > 1 else [True]
+    for stop in bench.options.stops or range(1, len(bench.recipe.schedule.timesteps) + 1):
         for with_generator in kinds:
-            number = cold_start_numbers(every, with_generator)
-
-            def run(k: int, number: Callable[[int], int] = number) -> None:
-                if stage.step(number(k)).generator_updated:
-                    ema.update()
-
             label = "with generator" if with_generator else "fake score alone"
-            forwards = cold_start_forwards(recipe, stop, with_generator)
-            row = bench.measure(f"stop {stop}, {label}", run, samples, forwards)
-            row |= {"stop": stop, "with_generator": with_generator, "phases": bench.phases(clock, run)}
-            bench.report(row)
-    ours = [row for row in bench.rows if not row.get("baseline") and "stop" in row]
-    bench.result["summary"]["blended_seconds"] = blended(ours)
-    theirs = [row for row in bench.rows if row.get("baseline")]
-    if theirs:
-        before, after = blended(theirs), blended(ours)
-        bench.result["summary"]["baseline_blended_seconds"] = before
-        if before is not None and after is not None:
-            bench.result["summary"]["times_faster"] = before / after
+            facts = {"stop": stop, "with_generator": with_generator}
+            run = partial(bench_cold_start, bench, stop=stop, with_generator=with_generator)
+            yield Case(f"stop {stop}, {label}", run, facts)
 
 
-def bench_rtdmd(bench: Bench, stage: Rtdmd, ema: Ema, clock: PhaseClock) -> None:
-    """Epochs without a look at the monitors."""
-    every = stage.settings.monitor_every
+def bench_cold_start(bench: Bench, built: Built, *, stop: int, with_generator: bool) -> dict[str, Any]:
+    """Iterations whose rollouts end after ``stop`` steps."""
+    built.stage.draws = StopAt(built.draws, stop)  # type: ignore[assignment]
+    number = cold_start_numbers(bench.recipe.cold_start.generator_every, with_generator)
 
     def run(k: int) -> None:
-        stage.step(cold_start_numbers(every, False)(k) + 1 if every > 1 else k)
-        ema.update()
+        step(bench, built, number(k))
 
-    samples = stage.settings.sample_batch_size * stage.settings.num_sample_batches
-    row = bench.measure(f"epoch of {samples} pictures a rank", run, samples, rtdmd_forwards(bench.recipe))
-    bench.report(row | {"phases": bench.phases(clock, run)})
+    forwards = cold_start_forwards(bench.recipe, stop, with_generator)
+    row = bench.measure(run, bench.recipe.cold_start.batch_size, forwards)
+    return row | {"phases": bench.phases(built.clock, run)}
 
 
-def bench_save(bench: Bench, stage: ColdStart | Rtdmd, ema: Ema, folder: Path) -> None:
+def rtdmd_cases(bench: Bench) -> Iterator[Case]:
+    """Epochs without a look at the monitors."""
+    settings = bench.recipe.rtdmd
+    samples = settings.sample_batch_size * settings.num_sample_batches
+    yield Case(f"epoch of {samples} pictures a rank", partial(bench_rtdmd, bench, samples=samples))
+
+
+def bench_rtdmd(bench: Bench, built: Built, *, samples: int) -> dict[str, Any]:
+    """Epochs of ``samples`` pictures on each rank."""
+    every = bench.recipe.rtdmd.monitor_every
+
+    def run(k: int) -> None:
+        step(bench, built, cold_start_numbers(every, False)(k) + 1 if every > 1 else k)
+
+    row = bench.measure(run, samples, rtdmd_forwards(bench.recipe))
+    return row | {"phases": bench.phases(built.clock, run)}
+
+
+def bench_save(bench: Bench, built: Built, *, folder: Path) -> dict[str, Any]:
     """One checkpoint with the state dicts beside it."""
+    stage = built.stage
     store = CheckpointStore(folder / "run" / stage.name / "checkpoints", bench.ranks, keep=1)
-    previews = Previews([], stage.family, stage.few, 0, bench.ranks)
+    previews = Previews([], stage.texts, stage.family, stage.few, 0, bench.ranks)
     run = StageRun(
-        stage, ema, store, previews, None, bench.recipe, bench.ranks, folder / "run", StopRules([])
+        stage, built.ema, store, previews, None, bench.recipe, bench.ranks, folder / "run", StopRules([])
     )
     bench.ranks.barrier()
     bench.synchronize()
@@ -305,25 +250,39 @@ def bench_save(bench: Bench, stage: ColdStart | Rtdmd, ema: Ema, folder: Path) -
     run.save(1, is_due=True)
     (seconds,) = bench.slowest([time.perf_counter() - start])
     size = sum(path.stat().st_size for path in (folder / "run").rglob("*") if path.is_file())
-    bench.report({"case": "save", "seconds": seconds, "gib": size / GIB})
+    return {"seconds": seconds, "gib": size / GIB}
 
 
 def bench_baseline(bench: Bench) -> None:
     """Plain PyTorch's iterations; nothing of it stays."""
-    baseline = PublishedStyle(bench.recipe, PROMPTS, bench.ranks.device, bench.options.tiny)
-    count_flops(bench, baseline.family, baseline.unconditional)
-    samples = bench.recipe.cold_start.batch_size
-    for stop in bench.options.stops or range(1, len(bench.recipe.schedule.timesteps) + 1):
-        for with_generator in (True, False):
-            forwards = cold_start_forwards(bench.recipe, stop, with_generator)
-            label = "with generator" if with_generator else "fake score alone"
-            run = partial(baseline.iteration, stop=stop, with_generator=with_generator)
-            row = bench.measure(f"{BASELINE}: stop {stop}, {label}", run, samples, forwards)
-            bench.report(row | {"stop": stop, "with_generator": with_generator, "baseline": True})
-    del baseline, run
-    gc.collect()
-    if bench.ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
+    options = bench.options
+
+    def make() -> PublishedStyle:
+        made = PublishedStyle(bench.recipe, PROMPTS, bench.ranks.device, options.tiny, options.baseline)
+        count_flops(bench, made.family, made.unconditional)
+        return made
+
+    baseline = None
+    for case in cold_start_cases(bench):
+        name, facts = (
+            f"published {options.baseline}: {case.name}",
+            case.facts | {"baseline": options.baseline},
+        )
+        baseline = baseline or bench.attempt(name, facts, make)
+        if baseline is None:
+            return
+        forwards = cold_start_forwards(bench.recipe, **case.facts)
+        run = partial(baseline.iteration, **case.facts)
+        measure = partial(bench.measure, run, bench.recipe.cold_start.batch_size, forwards)
+        row = bench.attempt(name, facts, measure)
+        if row is None:
+            baseline.close()
+            baseline = None
+            bench.free()
+        else:
+            bench.report({"case": name, **facts, **row})
+    if baseline is not None:
+        baseline.close()
 
 
 def count_flops(bench: Bench, family: Any, text: Any) -> None:
@@ -339,46 +298,33 @@ def run_all(bench: Bench, folder: Path) -> None:
     options = bench.options
     if options.baseline:
         bench_baseline(bench)
-    start = time.perf_counter()
-    stage = build_stage(
-        options.stage,
-        bench.recipe,
-        bench.ranks,
-        CallLog(bench.ranks),
-        HandOver(),
-        random_loaders(options.tiny),
-    )
-    ema = Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=options.stage == "rtdmd")
-    bench.result["build_seconds"] = time.perf_counter() - start
-    count_flops(bench, stage.family, stage.roles.teacher.unconditional)
-    clock = PhaseClock(bench.ranks.device)
-    instrument(stage, ema, clock)
-    if isinstance(stage, ColdStart):
-        bench_cold_start(bench, stage, ema, clock)
-    else:
-        bench_rtdmd(bench, stage, ema, clock)
+        bench.free()
+    cases = [*(cold_start_cases if options.stage == "cold_start" else rtdmd_cases)(bench)]
     if not options.no_save:
-        bench_save(bench, stage, ema, folder)
-    stage.close()
+        cases.append(Case("save", partial(bench_save, bench, folder=folder)))
+    built = None
+    for case in cases:
+        built = built or bench.attempt("build", {}, partial(build, bench))
+        if built is None:
+            break
+        row = bench.attempt(case.name, case.facts, partial(case.run, built))
+        if row is not None:
+            bench.report({"case": case.name, **case.facts, **row})
+            continue
+        # Where a step broke off, gradients and gathered shards are in the middle of something.
+        if bench.attempt("close", {}, partial(close, built)) is None:
+            break
+        built = None
+        bench.free()
+    if built is not None:
+        built.stage.close()
+    bench.result["summary"] = summarise(bench.rows)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The measurements for people to read."""
-    lines = [
-        f"{result['device']} x {result['ranks']}, ceiling {result['ceiling_tflops']:.1f} TFLOP/s, "
-        f"F = {result.get('forward_tflop_per_sample', 0):.4g} TFLOP a sample",
-        f"{'':44}{'seconds':>9}{'peak GiB':>10}{'reserved':>10}{'TFLOP':>9}{'used':>7}",
-    ]
-    for row in result["rows"]:
-        if "utilisation" in row:
-            numbers = f"{row['peak_gib']:10.2f}{row['reserved_gib']:10.2f}{row['model_tflop']:9.1f}"
-            lines.append(f"{row['case']:44}{row['seconds']:9.3f}{numbers}{row['utilisation']:7.1%}")
-        else:
-            lines.append(f"{row['case']:44}{row['seconds']:9.3f}")
-        for name, phase in row.get("phases", {}).items():
-            lines.append(f"    {name:40}{phase['seconds']:9.3f}{phase['peak_gib']:10.2f}")
-    lines += [f"{name}: {value:.3f}" for name, value in result["summary"].items() if value is not None]
-    return "\n".join(lines)
+def close(built: Built) -> bool:
+    """Free the engines."""
+    built.stage.close()
+    return True
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -391,7 +337,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps of each case before them")
     parser.add_argument("--phase-steps", type=int, default=2, help="steps whose phases are timed")
     parser.add_argument("--stops", type=int, nargs="+", help="stop indices of cold start (all)")
-    parser.add_argument("--baseline", action="store_true", help="plain PyTorch's cold start too")
+    parser.add_argument(
+        "--baseline", nargs="?", const="ddp", choices=["ddp", "fsdp"], help="plain PyTorch's cold start too"
+    )
     parser.add_argument("--no-save", action="store_true", help="without the checkpoint")
     parser.add_argument("--tiny", action="store_true", help="small networks, to try the script itself")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -405,20 +353,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print table and JSON, and return what the JSON holds; a failure leaves what was measured."""
+    """Measure, print table and JSON, and return what the JSON holds."""
     options = parse(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     with tempfile.TemporaryDirectory() as made:
-        recipe = prepare(options, Path(made))
+        try:
+            recipe = prepare(options, Path(made))
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                write_json(options, {"recipe": options.recipe, "rows": [], "error": one_line(error)})
+            raise
         ranks = start_ranks(600)
         bench = Bench(options, recipe, ranks)
         shared = Path(ranks.gather_objects(made)[0])  # one folder for all ranks of this host
         try:
             run_all(bench, shared)
-        except Exception as error:  # out of memory, say
-            bench.result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise
         finally:
             bench.write()
             bench.say(table(bench.result))
@@ -428,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main()
+        outcome = main()
     except UserError as failure:
         print(f"train_step: {failure}", file=sys.stderr)
         os._exit(2)
@@ -437,3 +387,4 @@ if __name__ == "__main__":
         sys.stdout.flush()
         os._exit(1)  # at once: the other ranks may be waiting in a collective
     stop_ranks()
+    sys.exit(0 if outcome["error"] is None else 1)

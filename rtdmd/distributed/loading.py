@@ -7,10 +7,13 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from rtdmd.distributed.config import zero_stage
 from rtdmd.errors import UserError
+
+_SLICE = 2**24  # elements read at once: an adapter is merged into them in float32
 
 
 class TensorSource(Protocol):
@@ -31,10 +34,10 @@ def build_network(
     device: torch.device,
     progress: Callable[[], None],
 ) -> nn.Module:
-    """A network with its weights loaded; under ZeRO-3 partitioned from the first moment.
+    """A network with its weights loaded, in ``dtype`` on ``device`` from the first moment.
 
-    ``make`` constructs the module with arbitrary weights. Under ZeRO-3 each parameter exists whole
-    only while it is constructed; its weights arrive slice by slice. ``progress`` is called after each
+    ``make`` constructs the module with arbitrary weights, of which only one tensor at a time exists in
+    another dtype or, under ZeRO-3, whole. Weights arrive slice by slice. ``progress`` is called after each
     tensor. Raises UserError if a tensor has another shape than the network's.
     """
     if zero_stage(config) == 3:
@@ -42,28 +45,51 @@ def build_network(
         with deepspeed.zero.Init(config_dict_or_path=config):
             network = make()
     else:
-        with torch.device(device):
-            network = make().to(dtype=dtype)
+        # Constructors make float32 parameters; each is dropped before the next one is made. Buffers stay
+        # as the module computes them: files may lack them.
+        with torch.device(device), init_empty_weights(include_buffers=False):
+            # Past diffusers' own `to`, which warns of modules to keep in float32 where there are none.
+            network = nn.Module.to(make(), dtype)
+        _allocate(network, device)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             _check_shape(source, name, getattr(parameter, "ds_shape", parameter.shape))
             if hasattr(parameter, "ds_tensor"):
                 _load_shard(parameter, name, source)
             else:
-                parameter.copy_(source.read(name))
+                _load_whole(parameter, name, source)
             progress()
         persistent = network.state_dict(keep_vars=True).keys()
         for name, buffer in network.named_buffers():
             if name in persistent:
                 _check_shape(source, name, buffer.shape)
                 buffer.copy_(source.read(name))
-    return network.to(device) if zero_stage(config) != 3 else _buffers_to(network, device)
+    return _buffers_to(network, device)
 
 
 def _check_shape(source: TensorSource, name: str, shape: torch.Size) -> None:
     stored = source.shape(name)
     if tuple(stored) != tuple(shape):
         raise UserError(f"{name}: the weights have shape {tuple(stored)}, the network {tuple(shape)}")
+
+
+def _allocate(network: nn.Module, device: torch.device) -> None:
+    """Memory with arbitrary values for every parameter."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device=device)
+            setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+
+
+def _load_whole(parameter: Tensor, name: str, source: TensorSource) -> None:
+    """Fill a parameter, a few rows at a time where it is large."""
+    if parameter.numel() <= _SLICE:
+        parameter.copy_(source.read(name))
+        return
+    rows = max(_SLICE // parameter[0].numel(), 1)
+    for start in range(0, len(parameter), rows):
+        stop = min(start + rows, len(parameter))
+        parameter[start:stop].copy_(source.read(name, start, stop))
 
 
 def _load_shard(parameter: Any, name: str, source: TensorSource) -> None:

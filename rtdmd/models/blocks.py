@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
 
+from rtdmd.models.recomputation import Recomputation
 from rtdmd.recipe.schema import Checkpointing, Compile
 
 # Graphs that one kind of block, or of network, may have: batch sizes × with and without gradient × with and
@@ -22,22 +21,21 @@ def blocks_of(network: nn.Module, lists: Sequence[str]) -> list[nn.Module]:
     return [block for name in lists for block in network.get_submodule(name).children()]
 
 
-def recompute_activations(network: nn.Module, policy: Checkpointing, lists: Sequence[str]) -> None:
-    """Drop blocks' activations in forward and compute them once more in backward.
+def recompute_activations(
+    network: nn.Module, policy: Checkpointing, lists: Sequence[str]
+) -> Recomputation | None:
+    """Drop blocks' activations in forward and compute them once more in backward; None where none are.
 
-    ``full``: of every block; ``selective``: of every other one, beginning with the first; ``none``: of none.
-    Not reentrant: under ZeRO-3 reentrant checkpoints give wrong gradients with several forwards before one
-    backward.
+    ``full``: of every block; ``selective``: of every other one, beginning with the first; ``none``: of none;
+    ``auto``: as yet of every block, until the caller chooses.
     """
     if policy == "none":
-        return
-    blocks = blocks_of(network, lists)
-    chosen = set(blocks if policy == "full" else blocks[::2])
-
-    def run(block: nn.Module, *args: Any) -> Any:
-        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
-
-    network.enable_gradient_checkpointing(run)  # type: ignore[operator]
+        return None
+    recomputation = Recomputation(blocks_of(network, lists))
+    if policy == "selective":
+        recomputation.choose((len(recomputation.blocks) + 1) // 2)
+    network.enable_gradient_checkpointing(recomputation.run)  # type: ignore[operator]
+    return recomputation
 
 
 def compile_forward(network: nn.Module, scope: Compile, lists: Sequence[str]) -> None:

@@ -81,6 +81,11 @@ class Flux2Family:
         self._latent_mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
         self._position_ids: dict[tuple[int, ...], Tensor] = {}
 
+    @property
+    def text_encoders(self) -> Sequence[nn.Module]:
+        """Qwen3."""
+        return (self.text_encoder,)
+
     @classmethod
     def load(
         cls,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtdmd.transfer import to_device
 
@@ -64,6 +64,11 @@ class ModelFamily(Protocol):
     pipeline_class: ClassVar[type]
     lora_targets: ClassVar[tuple[str, ...]]  # suffixes of module names, as peft's target_modules
     block_lists: ClassVar[tuple[str, ...]]  # the transformer's ModuleLists of blocks, in order of execution
+
+    @property
+    def text_encoders(self) -> Sequence[nn.Module]:
+        """The networks that :meth:`encode_prompts` calls."""
+        ...
 
     @classmethod
     def load(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from rtdmd.models.images import check_size, per_sample, to_unit_range
@@ -63,6 +63,11 @@ class SD3Family:
         self.max_sequence_length = max_sequence_length
         self.schedule_shift = schedule_shift
         self._vae_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @property
+    def text_encoders(self) -> Sequence[nn.Module]:
+        """Both CLIPs and T5."""
+        return (*self.text.clips, self.text.t5)
 
     @classmethod
     def load(

@@ -14,6 +14,7 @@ from rtdmd.recipe.checks_values import (
     check_rewards,
     check_stages,
     check_stop_rules,
+    check_text_encoder,
     check_values,
     reward_sections,
 )
@@ -95,6 +96,7 @@ def find_faults(recipe: Recipe, source: str, *, world_size: int, stages: Sequenc
     check_values(report, recipe)
     check_stages(report, recipe, stages)
     check_family(report, recipe, FAMILY_SIGMAS)
+    check_text_encoder(report, recipe)
     check_arithmetic(report, recipe, world_size=world_size, stages=stages)
     _check_rewards(report, recipe, runs_rtdmd="rtdmd" in stages)
     check_stop_rules(report, recipe)

@@ -157,6 +157,17 @@ def check_family(report: Report, recipe: Recipe, known: Collection[str]) -> None
         report.fault("model.family", name, f"unknown model family{nearest_hint(name, sorted(known))}")
 
 
+def check_text_encoder(report: Report, recipe: Recipe) -> None:
+    """Text encoders that are freed encode nothing afterwards."""
+    if recipe.model.text_encoder == "once" and recipe.evaluation.every > 0:
+        report.fault(
+            "model.text_encoder",
+            recipe.model.text_encoder,
+            f"evaluation.every = {recipe.evaluation.every} encodes other prompts during training; "
+            "write offload, or 0 there",
+        )
+
+
 def check_stop_rules(report: Report, recipe: Recipe) -> None:
     """Rules name metrics that are logged, and can end a stage."""
     known = [f"reward/{reward.name}" for reward in recipe.rewards]

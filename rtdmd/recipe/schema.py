@@ -12,8 +12,9 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16"]
 Trains = Literal["lora", "full"]
 RewardMode = Literal["default", "official"]
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "full", "auto"]
 Compile = Literal["none", "blocks", "network"]
+TextEncoder = Literal["device", "offload", "once"]
 
 # Those of them that a recipe has carry the gradient, unless it names others.
 DEFAULT_BACKPROP_REWARDS = ("clipscore", "hpsv2", "pickscore")
@@ -32,6 +33,9 @@ class ModelSection:
     max_sequence_length: int | None = None  # text tokens; null is the family's own
     # A stage's prompts are encoded once and kept on each device if all fit into this; else as they come.
     prompt_embeddings_gib: float = 1.0
+    # Where text encoders wait: on the device; offload: in host memory, moved to the device for each use;
+    # once: nowhere, all of a stage's prompts are encoded at its start and must fit prompt_embeddings_gib.
+    text_encoder: TextEncoder = "device"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class TrainedSection:
     weights: str | None = None
     revision: str | None = None
     trains: Trains = "lora"
-    activation_checkpointing: Checkpointing = "full"  # blocks recomputed in backward; selective: every other
+    # Blocks recomputed in backward; selective: every other; auto: as few as the GPU's memory allows, measured
+    # on the stage's first updates (without a GPU none).
+    activation_checkpointing: Checkpointing = "full"
     compile: Compile = "none"
 
 

@@ -15,9 +15,11 @@ from rtdmd.distributed.config import engine_config
 from rtdmd.distributed.engine import TrainedEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.loading import TensorSource, build_network
+from rtdmd.errors import UserError
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
 from rtdmd.models.blocks import compile_forward, recompute_activations
+from rtdmd.models.hosting import host_networks
 from rtdmd.models.lora import attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.weights import WeightSource, role_weights
@@ -25,6 +27,7 @@ from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import (
     DEFAULT_BACKPROP_REWARDS,
+    Checkpointing,
     ColdStartSection,
     OptimizerSection,
     Recipe,
@@ -37,6 +40,7 @@ from rtdmd.rewards import load_rewards
 from rtdmd.rewards.protocol import Reward
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
+from rtdmd.stages.activations import AutomaticRecomputation, CudaMemory
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import RewardPanel
@@ -109,14 +113,19 @@ def build_stage(
 ) -> Stage:
     """Load everything that stage ``name`` needs. Raises UserError for files that don't fit."""
     model = recipe.model
-    family = loaders.family(recipe, ranks.device)
-    draws = Draws(recipe.seed, name)
     settings = recipe.cold_start if name == "cold_start" else recipe.rtdmd
-    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders)
+    prompts = PromptSet.load(settings.prompts)
+    family = loaders.family(recipe, ranks.device)
+    encoders = [] if model.text_encoder == "device" else host_networks(family.text_encoders, ranks.device)
+    texts = encode_texts(recipe, family, prompts, calls.touch)
+    draws = Draws(recipe.seed, name)
+    automatic = _automatic_recomputation(recipe, ranks)
+    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders, automatic)
     roles = Roles(
         builder.teacher(recipe.roles.teacher),
         builder.student("generator", recipe.roles.generator, settings.generator, hand_over.generator),
         builder.student("fake_score", recipe.roles.fake_score, settings.fake_score, hand_over.fake_score),
+        automatic,
     )
     steps = FewSteps(
         family.sigmas(recipe.schedule.timesteps, model.height, model.width),
@@ -124,12 +133,42 @@ def build_stage(
         family.latent_shape(model.height, model.width),
     )
     matching = AmbientMatching(draws, _ambient_settings(recipe, settings))
-    prompts = PromptSet.load(settings.prompts)
-    texts = PromptTexts(family, prompts.prompts, model.prompt_embeddings_gib, calls.touch)
+    if model.text_encoder == "once":
+        for encoder in encoders:
+            encoder.free()
     if isinstance(settings, ColdStartSection):
         return ColdStart(roles, family, prompts, texts, steps, matching, draws, settings, ranks)
     panel = _build_panel(recipe, family, ranks, calls, loaders)
     return Rtdmd(roles, family, prompts, texts, panel, steps, matching, draws, settings, ranks)
+
+
+def preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
+    """What a stage with ``prompts`` paints now and then."""
+    return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
+
+
+def _automatic_recomputation(recipe: Recipe, ranks: Ranks) -> AutomaticRecomputation | None:
+    """Where a role asks for it and there is a GPU whose memory can be watched."""
+    trained = (recipe.roles.generator, recipe.roles.fake_score)
+    if ranks.device.type != "cuda" or all(role.activation_checkpointing != "auto" for role in trained):
+        return None
+    return AutomaticRecomputation(CudaMemory(ranks.device), ranks)
+
+
+def encode_texts(
+    recipe: Recipe, family: ModelFamily, prompts: PromptSet, progress: Callable[[], None]
+) -> PromptTexts:
+    """Texts of a stage and of its previews. Raises UserError if they have to be kept and don't fit."""
+    model = recipe.model
+    previews = preview_prompts(recipe, prompts)
+    texts = PromptTexts(family, prompts.prompts, model.prompt_embeddings_gib, progress, previews)
+    if model.text_encoder == "once" and not texts.are_kept:
+        raise UserError(
+            f"model.text_encoder = 'once': the prompts' embeddings take {texts.gib:.2f} GiB, "
+            f"model.prompt_embeddings_gib is {model.prompt_embeddings_gib:g}; raise it, use fewer prompts "
+            "(their `limit`), or write offload"
+        )
+    return texts
 
 
 def _ambient_settings(recipe: Recipe, settings: ColdStartSection | RtdmdSection) -> AmbientSettings:
@@ -184,6 +223,7 @@ class _RoleBuilder:
     calls: CallLog
     draws: Draws
     loaders: Loaders
+    automatic: AutomaticRecomputation | None
 
     def teacher(self, section: TeacherSection) -> Teacher:
         config = engine_config(section.engine, self.recipe.dtype, None)
@@ -205,7 +245,7 @@ class _RoleBuilder:
             self._add_lora(name, network)
         else:
             network.requires_grad_(True)
-        recompute_activations(network, section.activation_checkpointing, self.family.block_lists)
+        self._recompute(name, section.activation_checkpointing, network)
         compile_forward(network, section.compile, self.family.block_lists)
         engine: TrainedEngine = start_trained(name, network, config, optimizer, self.calls, self.ranks)
         return Student(engine, self.family)
@@ -222,6 +262,13 @@ class _RoleBuilder:
         )
         source.close()
         return network
+
+    def _recompute(self, role: str, policy: Checkpointing, network: nn.Module) -> None:
+        if policy == "auto" and self.automatic is None:
+            policy = "none"
+        recomputation = recompute_activations(network, policy, self.family.block_lists)
+        if self.automatic is not None:
+            self.automatic.add(role, network, recomputation if policy == "auto" else None)
 
     def _add_lora(self, role: str, network: nn.Module) -> None:
         lora = self.recipe.lora

@@ -49,7 +49,7 @@ class ColdStart:
         self.num_steps = settings.iterations
         self.family = family
         self.prompts = prompts
-        self._texts = texts
+        self.texts = texts
         self._order = ShuffledPrompts(len(prompts), draws.seed, self.name)
         self.few = steps
         self._matching = matching
@@ -65,7 +65,8 @@ class ColdStart:
         norms = {"fake_score/grad_norm": fake}
         if updates_generator:
             norms["generator/grad_norm"] = self._update_generator(iteration, batch, means)
-        return StepReport(means.read(self._ranks) | norms, updates_generator)
+        notices = self.roles.after_step(updates_generator)
+        return StepReport(means.read(self._ranks) | norms, updates_generator, notices)
 
     def close(self) -> None:
         """Free the engines."""
@@ -132,6 +133,6 @@ class ColdStart:
             first = (number * world + rank) * size
             indices = list(range(first, first + size))
             offset = iteration * self.settings.batch_size * world
-            text = self._texts([self._order.index(offset + index) for index in indices])
+            text = self.texts([self._order.index(offset + index) for index in indices])
             batches.append(MicroBatch(indices, text))
         return batches

@@ -10,6 +10,7 @@ from rtdmd.distributed.engine import FrozenEngine, TrainedEngine
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 from rtdmd.rollout import VelocityFn
+from rtdmd.stages.activations import AutomaticRecomputation
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class Roles:
     teacher: Teacher
     generator: Student
     fake_score: Student
+    recomputation: AutomaticRecomputation | None = None  # where activation_checkpointing is auto
+
+    def after_step(self, generator_updated: bool) -> tuple[str, ...]:
+        """Collective: call after each step; what the user should know of it."""
+        if self.recomputation is None:
+            return ()
+        return tuple(self.recomputation.after_step(generator_updated))
 
     def close(self) -> None:
         """Free all three engines."""

@@ -53,7 +53,7 @@ class Rtdmd:
         self.num_steps = settings.epochs
         self.family = family
         self.prompts = prompts
-        self._texts = texts
+        self.texts = texts
         self.panel = panel
         self.few = steps
         self._matching = matching
@@ -82,6 +82,7 @@ class Rtdmd:
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
         metrics = scores.metrics() | means.read(self._ranks) | norms
         notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(metrics)]
+        notices += self.roles.after_step(True)
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
     def close(self) -> None:
@@ -138,7 +139,7 @@ class Rtdmd:
         ``shared_noise`` the noise of the other stochastic steps is the prompt's.
         """
         distinct = sorted(set(prompt_ids))
-        text = self._texts(distinct)
+        text = self.texts(distinct)
         rows = [distinct.index(prompt) for prompt in prompt_ids]
 
         def noise(purpose: str, keys: Sequence[int]) -> Tensor:

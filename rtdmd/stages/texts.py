@@ -14,19 +14,26 @@ class PromptTexts:
 
     If those of all distinct prompts fit into ``limit_gib`` GiB they are encoded here, once, and kept on the
     device; else each call encodes what it is asked for. The batches in which a kept prompt is encoded depend
-    on ``prompts`` alone, so that ranks, micro-batches and resumed runs see the same rounding.
-    ``progress`` is called after each batch.
+    on the prompts alone, so that ranks, micro-batches and resumed runs see the same rounding.
+    ``further`` prompts, the previews', say, are encoded along with them; ``progress`` is called after each
+    batch.
     """
 
     def __init__(
-        self, family: ModelFamily, prompts: Sequence[str], limit_gib: float, progress: Callable[[], None]
+        self,
+        family: ModelFamily,
+        prompts: Sequence[str],
+        limit_gib: float,
+        progress: Callable[[], None],
+        further: Sequence[str] = (),
     ) -> None:
         self._family = family
         self._prompts = prompts
-        distinct = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys([*prompts, *further]))
         self._rows = {prompt: row for row, prompt in enumerate(distinct)}
         self._kept: TextEmbeddings | None = None
-        if self._num_bytes(len(distinct)) <= limit_gib * 2**30:
+        self.gib = self._num_bytes(len(distinct)) / 2**30
+        if self.gib <= limit_gib:
             parts = []
             for start in range(0, len(distinct), _BATCH):
                 parts.append(family.encode_prompts(distinct[start : start + _BATCH]))
@@ -35,6 +42,7 @@ class PromptTexts:
 
     @property
     def are_kept(self) -> bool:
+        """Whether the family's text encoders are needed no more."""
         return self._kept is not None
 
     def _num_bytes(self, count: int) -> int:
@@ -44,7 +52,10 @@ class PromptTexts:
 
     def __call__(self, indices: Sequence[int]) -> TextEmbeddings:
         """One row for each of ``indices``."""
-        prompts = [self._prompts[index] for index in indices]
+        return self.of([self._prompts[index] for index in indices])
+
+    def of(self, prompts: Sequence[str]) -> TextEmbeddings:
+        """One row for each of ``prompts``, which are the stage's or among the further ones."""
         if self._kept is None:
             return self._family.encode_prompts(prompts)
         return self._kept[[self._rows[prompt] for prompt in prompts]]

@@ -14,15 +14,23 @@ from rtdmd.models.protocol import ModelFamily
 from rtdmd.randomness import Draws
 from rtdmd.rollout import FewSteps, paint
 from rtdmd.stages.roles import Student
+from rtdmd.stages.texts import PromptTexts
 
 
 class Previews:
     """The same prompts and noise each time, shared out over the ranks."""
 
     def __init__(
-        self, prompts: list[str], family: ModelFamily, steps: FewSteps, seed: int, ranks: Ranks
+        self,
+        prompts: list[str],
+        texts: PromptTexts,
+        family: ModelFamily,
+        steps: FewSteps,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
         self._prompts = prompts
+        self._texts = texts
         self._family = family
         self._few = steps
         self._draws = Draws(seed, "preview")
@@ -48,7 +56,7 @@ class Previews:
         self._ranks.on_main_first(write)
 
     def _images(self, generator: Student, indices: list[int]) -> Tensor:
-        text = self._family.encode_prompts([self._prompts[index] for index in indices])
+        text = self._texts.of([self._prompts[index] for index in indices])
 
         def noise(purpose: str) -> Tensor:
             return self._draws.normal(0, purpose, indices, self._few.latent_shape, self._ranks.device)

@@ -12,11 +12,10 @@ from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog, Watchdog
 from rtdmd.errors import UserError
 from rtdmd.models.protocol import ModelFamily
-from rtdmd.prompts import PromptSet
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
 from rtdmd.runs import ended_early, latest_checkpoint, read_progress
-from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.assemble import HandOver, build_stage, preview_prompts
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
 from rtdmd.training.checkpoint import CheckpointStore, replace_text
 from rtdmd.training.ema import Ema
@@ -83,7 +82,12 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         ema=Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=name == "rtdmd"),
         store=store,
         previews=Previews(
-            _preview_prompts(recipe, stage.prompts), stage.family, stage.few, recipe.seed, ranks
+            preview_prompts(recipe, stage.prompts),
+            stage.texts,
+            stage.family,
+            stage.few,
+            recipe.seed,
+            ranks,
         ),
         evaluations=_evaluations(recipe, stage.family, ranks, calls),
         recipe=recipe,
@@ -101,10 +105,6 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
     tracker.close()
     stage.close()
     return finished
-
-
-def _preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
-    return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
 
 
 def _evaluations(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallLog) -> Evaluations | None:

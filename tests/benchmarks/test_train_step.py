@@ -65,9 +65,18 @@ def test_numbers_of_iterations() -> None:
 
 
 def test_blended_is_nine_to_one() -> None:
-    rows = [{"seconds": s, "with_generator": g} for s, g in ((1.0, False), (3.0, False), (10.0, True))]
+    rows = [
+        {"stop": stop, "seconds": seconds, "with_generator": both}
+        for stop, seconds, both in ((1, 1.0, False), (4, 3.0, False), (1, 10.0, True))
+    ]
     assert train_step.blended(rows) == pytest.approx(2.8)
     assert train_step.blended(rows[:2]) is None
+    plain = [row | {"seconds": 2 * row["seconds"], "baseline": True} for row in rows]
+    assert train_step.summarise([*plain, *rows, {"case": "save", "seconds": 5.0}]) == pytest.approx(
+        {"blended_seconds": 2.8, "baseline_blended_seconds": 5.6, "times_faster": 2.0}
+    )
+    failed = {"stop": 4, "error": "out of memory", "with_generator": True}
+    assert train_step.summarise([*rows, failed]) == {}
 
 
 def test_random_weights_by_rows() -> None:
@@ -80,19 +89,26 @@ def test_random_weights_by_rows() -> None:
     assert torch.equal(whole, weights.read(name)) and weights.read(name, 8, 12).shape == (4, 32)
 
 
-def run(arguments: list[str], world_size: int, folder: Path) -> dict[str, Any]:
+def run(arguments: list[str], world_size: int, folder: Path, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The JSON, and what rank 0 printed."""
     output = folder / "out.json"
-    run_ranks(["-m", "benchmarks.train_step", *SHORT, "--output", str(output), *arguments], world_size)
-    return json.loads(output.read_text())
+    command = ["-m", "benchmarks.train_step", *SHORT, "--output", str(output), *arguments]
+    done = run_ranks(command, world_size, codes=(code,))
+    return json.loads(output.read_text()), done[0].stdout
 
 
 def test_cold_start_and_its_baseline(tmp_path: Path) -> None:
-    result = run(["recipes/flux2_4b.yaml", "--stops", "1", "4", "--baseline"], 1, tmp_path)
-    assert result["error"] is None
+    """No schedule has nine steps: that case is a row with its error, and the others go on."""
+    options = ["--stops", "9", "4", "--baseline", "fsdp"]
+    result, printed = run(["recipes/flux2_4b.yaml", *options], 1, tmp_path, code=1)
     cases = [row["case"] for row in result["rows"]]
-    ours = [f"stop {stop}, {kind}" for stop in (1, 4) for kind in ("with generator", "fake score alone")]
-    assert cases == [*(f"published style: {case}" for case in ours), *ours, "save"]
-    assert set(result["summary"]) == {"blended_seconds", "baseline_blended_seconds", "times_faster"}
+    ours = [f"stop {stop}, {kind}" for stop in (9, 4) for kind in ("with generator", "fake score alone")]
+    assert cases == [*(f"published fsdp: {case}" for case in ours), *ours, "save"]
+    assert ["error" in row for row in result["rows"]] == [True, True, False, False] * 2 + [False]
+    assert result["error"] == f"{cases[0]}: IndexError: list index out of range"
+    assert "| case | seconds | utilisation | peak GiB | reserved GiB |" in printed
+    assert all(f"| {case} | " in printed for case in cases)
+    assert "| stop 9, with generator | error: IndexError: list index out of range |" in printed
     phases = next(row for row in result["rows"] if row["case"] == "stop 4, with generator")["phases"]
     expected = ["text encoding", "rollout", "EMA", "rest", "generator: teacher and fake score"]
     each = ("fake score: forward", "fake score: backward", "fake score: optimizer")
@@ -101,13 +117,14 @@ def test_cold_start_and_its_baseline(tmp_path: Path) -> None:
 
 def test_an_epoch_on_two_ranks(tmp_path: Path) -> None:
     overrides = ["rewards=[{name: clipscore}]", "roles.generator.engine=ds_configs/tiny_zero3.json"]
-    result = run(["recipes/sd3m.yaml", "--stage", "rtdmd", *overrides, "--warmup", "0"], 2, tmp_path)
+    result, _ = run(["recipes/sd3m.yaml", "--stage", "rtdmd", *overrides, "--warmup", "0"], 2, tmp_path)
     epoch, save = result["rows"]
     assert result["ranks"] == 2 and epoch["case"] == "epoch of 4 pictures a rank" and save["gib"] > 0
     assert {"decode", "reward: clipscore", "reward back-propagation"} < set(epoch["phases"])
 
 
-def test_faults_are_told_before_anything_is_built() -> None:
-    bad = ["recipes/flux2_4b.yaml", "roles.generator.engine=ds_configs/zero0.json"]
-    (done,) = run_ranks(["-m", "benchmarks.train_step", *bad], 1, codes=(2,))
-    assert "use ZeRO 1" in done.stdout and "Traceback" not in done.stdout
+def test_faults_are_told_before_anything_is_built(tmp_path: Path) -> None:
+    bad = ["recipes/flux2_4b.yaml", "dtype=bfloat16", "roles.generator.engine=ds_configs/zero0.json"]
+    result, printed = run(bad, 1, tmp_path, code=2)
+    assert "use ZeRO 1" in printed and "Traceback" not in printed
+    assert result["rows"] == [] and result["error"].startswith("UserError")

@@ -43,13 +43,22 @@ class Case:
     @property
     def problem(self) -> tuple[str, str, str, int, tuple[str, ...]]:
         """What the mathematics depends on; cases that share it must agree."""
-        layout = ("micro_batch", "checkpointing", ".compile=", "teacher.engine")
+        layout = ("micro_batch", "checkpointing", ".compile=", "teacher.engine", "text_enc", "prompt_emb")
         problem = tuple(item for item in self.extra if not any(part in item for part in layout))
         return self.stage, self.family, self.trains, self.steps, problem
 
 
-PLAIN_LAYOUT = tuple(f"roles.{role}.activation_checkpointing=none" for role in ("generator", "fake_score"))
-SELECTIVE = tuple(f"roles.{role}.activation_checkpointing=selective" for role in ("generator", "fake_score"))
+PLAIN_LAYOUT = (
+    "model.text_encoder=once",
+    "roles.generator.activation_checkpointing=none",
+    "roles.fake_score.activation_checkpointing=auto",  # without a GPU the same
+)
+SELECTIVE = (
+    "model.text_encoder=offload",
+    "model.prompt_embeddings_gib=0",
+    "roles.teacher.engine=ds_configs/frozen_zero3_offload.json",
+    *(f"roles.{role}.activation_checkpointing=selective" for role in ("generator", "fake_score")),
+)
 COMPILED = (
     "roles.teacher.engine=ds_configs/zero0.json",
     *(f"roles.{role}.compile=blocks" for role in ("teacher", "generator", "fake_score")),

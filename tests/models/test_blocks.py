@@ -80,6 +80,23 @@ def test_recomputed_gradients_are_the_kept_ones(family_name: str, pipelines: dic
     assert runs["selective"] == [4 - 2 * (index % 2) for index in range(blocks)]
 
 
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_blocks_can_be_chosen_anew(family_name: str, pipelines: dict[str, Path]) -> None:
+    """While one of each kind is measured, and after any choice: the same gradients."""
+    family, network = load(family_name, pipelines[family_name])
+    text = family.encode_prompts(["a red circle", "two cats"])
+    expected = gradients(family, network, text)
+    recomputation = recompute_activations(network, "auto", family.block_lists)
+    assert recomputation is not None
+    recomputation.measure()
+    blocks = len(recomputation.blocks)
+    for count in (None, *range(blocks + 1)):
+        if count is not None:
+            recomputation.choose(count)
+        network.zero_grad()
+        assert_close(gradients(family, network, text), expected, 1e-6)
+
+
 def test_blocks_come_in_the_order_of_execution(pipelines: dict[str, Path]) -> None:
     family, network = load("flux2", pipelines["flux2"])
     kinds = [type(block).__name__ for block in blocks_of(network, family.block_lists)]

@@ -385,6 +385,11 @@ def test_a_shared_engine_file_is_reported_once(write_recipe: Write, tmp_path: Pa
     assert "roles.teacher.engine" in the_fault(write_recipe(), *roles)
 
 
+def test_text_encoders_that_are_freed_evaluate_nothing(write_recipe: Write) -> None:
+    lines = faults(write_recipe(), "model.text_encoder=once", "evaluation.every=5")
+    assert any("model.text_encoder" in line and "write offload, or 0 there" in line for line in lines)
+
+
 def test_compiled_blocks_are_not_for_zero_3(write_recipe: Write) -> None:
     recipe = write_recipe()
     line = the_fault(recipe, "roles.generator.engine=ds_configs/zero3.json", "roles.generator.compile=blocks")

@@ -94,7 +94,10 @@ def test_unknown_keys_and_the_nearest_known_one(write_recipe: Write, override: s
         ("seed=1.5", "expected a whole number, got 1.5"),
         ("name=3", "expected text, got 3; write '3' in quotes"),
         ("schedule.eta=high", "expected a number, got the text 'high'"),
-        ("roles.generator.activation_checkpointing=true", "expected one of none, selective, full, got true"),
+        (
+            "roles.generator.activation_checkpointing=true",
+            "expected one of none, selective, full, auto, got true",
+        ),
         (
             "roles.generator.trains=ful",
             "expected one of lora, full, got the text 'ful'; did you mean 'full'?",

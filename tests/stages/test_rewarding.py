@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,41 @@ def test_hinge_gradient_equals_autograd_through_everything(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-8)
     assert float(metrics["hinge_active"]) == 1.0
     assert (float(gradient.abs().max()) > 0) == any(weights)
+
+
+def test_one_chunks_graph_is_alive_at_a_time(
+    parts: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a chunk is decoded, nothing that autograd kept of an earlier one is there, pictures included."""
+    family, _ = parts
+    kept: list[weakref.ref[Kept]] = []
+    alive: list[int] = []
+    decode = family.decode
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor.detach()
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        saved = Kept(tensor)
+        kept.append(weakref.ref(saved))
+        return saved
+
+    def watched(latents: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(saved() is not None for saved in kept))
+        images = decode(latents)
+        kept.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(family, "decode", watched)
+    z = latents().requires_grad_()
+    panel = make_panel(parts, 2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        x0 = z.tanh()
+        before = len(kept)
+        loss, _ = panel.hinge(x0, CAPTIONS, 3.0, torch.ones(5))
+    assert len(kept) > before and alive == [before] * 3
+    assert torch.autograd.grad(loss, z)[0].any()
 
 
 def test_a_sample_without_a_finite_score_leaves_the_others_gradient_alone(

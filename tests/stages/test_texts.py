@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from rtdmd.errors import UserError
 from rtdmd.models import get_family
 from rtdmd.models.protocol import ModelFamily
+from rtdmd.prompts import PromptSet
+from rtdmd.recipe import load_recipe
+from rtdmd.stages.assemble import encode_texts
 from rtdmd.stages.texts import PromptTexts
 
 # more distinct ones than are encoded at once, and one of them twice
@@ -53,3 +57,23 @@ def test_a_kept_embedding_does_not_depend_on_what_it_is_asked_for_with(family: M
         alone = second([index])
         for name, tensor in whole.tensors.items():
             assert torch.equal(alone.tensors[name][0], tensor[row])
+
+
+def test_further_prompts_are_encoded_along(family: ModelFamily) -> None:
+    batches: list[int] = []
+    texts = PromptTexts(family, PROMPTS[:3], 1.0, lambda: batches.append(1), ["a dog", PROMPTS[0]])
+    assert texts.gib == pytest.approx(4 * size_gib(family)) and len(batches) == 1
+    expected = family.encode_prompts(["a dog", PROMPTS[0]])
+    for name, tensor in texts.of(["a dog", PROMPTS[0]]).tensors.items():
+        torch.testing.assert_close(tensor, expected.tensors[name])
+
+
+def test_encoders_that_run_once_need_room_for_all(family: ModelFamily) -> None:
+    overrides = ["model.text_encoder=once", "preview.prompts=[a dog]", "model.prompt_embeddings_gib=0.0001"]
+    recipe = load_recipe("recipes/dry_run.yaml", overrides)
+    prompts = PromptSet.load(recipe.cold_start.prompts)
+    count = len(set(prompts.prompts)) + 1
+    with pytest.raises(UserError, match=r"take \d+\.\d\d GiB, model\.prompt_embeddings_gib is 0\.0001"):
+        encode_texts(recipe, family, prompts, lambda: None)
+    recipe = load_recipe("recipes/dry_run.yaml", overrides[:2])
+    assert encode_texts(recipe, family, prompts, lambda: None).gib == pytest.approx(count * size_gib(family))

@@ -1,0 +1,146 @@
+"""``activation_checkpointing: auto``: as few blocks are recomputed as the device's memory allows.
+
+Measured on the stage's own updates rather than on a trial: the peak then has everything in it that is there
+in training, and no gradient has to be undone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from rtdmd.distributed.collectives import Ranks
+from rtdmd.models.recomputation import Recomputation, fewest_recomputed, predicted_peak, spread
+
+GIB = 2**30
+# Of the device's whole memory: for fragmentation, and for what differs between updates.
+MARGIN = 0.1
+
+
+class DeviceMemory(Protocol):
+    """What there is to know of a device's memory, in bytes."""
+
+    def reset_peak(self) -> None:
+        """Begin to watch."""
+        ...
+
+    def peak(self) -> int:
+        """Allocated at most since then."""
+        ...
+
+    def available(self) -> int:
+        """What this process may allocate in all, less the margin."""
+        ...
+
+
+class CudaMemory:
+    """A GPU's, through torch's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def available(self) -> int:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return int(free + torch.cuda.memory_reserved(self._device) - MARGIN * total)
+
+
+class PeakWatch:
+    """The peak while each role's gradient is computed.
+
+    A role's time begins with the first forward of its network that carries gradient, and ends with another
+    role's.
+    """
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+        self._role: str | None = None
+        self._hooks: list[RemovableHandle] = []
+        self.peaks: dict[str, int] = {}
+
+    def observe(self, role: str, network: nn.Module) -> None:
+        """Watch the forwards of a role's network."""
+
+        def enter(*_: Any) -> None:
+            if torch.is_grad_enabled() and role != self._role:
+                self.close()
+                self._role = role
+
+        self._hooks.append(network.register_forward_pre_hook(enter))
+
+    def close(self) -> None:
+        """End the time of the role whose it is."""
+        if self._role is not None:
+            self.peaks[self._role] = max(self.peaks.get(self._role, 0), self._memory.peak())
+        self._role = None
+        self._memory.reset_peak()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class AutomaticRecomputation:
+    """Chooses the number of recomputed blocks of roles after their second update.
+
+    Until then all blocks are recomputed but one of each kind, which is measured. At the first update AdamW
+    allocates its moments and kernels compile, so only the second one's peak counts.
+    """
+
+    def __init__(self, memory: DeviceMemory, ranks: Ranks) -> None:
+        self._memory = memory
+        self._ranks = ranks
+        self._watch = PeakWatch(memory)
+        self._roles: dict[str, Recomputation] = {}
+        self._updates = 0
+
+    def add(self, role: str, network: nn.Module, recomputation: Recomputation | None) -> None:
+        """A role of the stage; without ``recomputation`` its peak is only told from the others'."""
+        self._watch.observe(role, network)
+        if recomputation is not None:
+            recomputation.measure()
+            self._roles[role] = recomputation
+
+    def after_step(self, generator_updated: bool) -> list[str]:
+        """Collective: call after each step; what was chosen, when it is.
+
+        The generator is updated the most rarely; once it has been, all roles have.
+        """
+        if not self._roles:
+            return []
+        self._watch.close()
+        if not generator_updated:
+            return []
+        self._updates += 1
+        if self._updates == 1:
+            self._watch.peaks.clear()
+            return []
+        self._watch.stop()
+        notices = [self._settle(role, recomputation) for role, recomputation in self._roles.items()]
+        self._roles = {}
+        if self._ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is cached was cut to the sizes of before
+        return notices
+
+    def _settle(self, role: str, recomputation: Recomputation) -> str:
+        # Ranks that recomputed other blocks than each other would gather other shards under ZeRO-3.
+        mine = [self._watch.peaks[role], -self._memory.available(), *recomputation.kept_bytes()]
+        together = torch.tensor(mine, dtype=torch.float64, device=self._ranks.device)
+        peak, lacking, *kept = self._ranks.max(together).tolist()
+        measured, total = recomputation.measured, len(kept)
+        count = fewest_recomputed(peak, kept, measured, -lacking)
+        predicted = predicted_peak(peak, kept, measured, spread(count, total))
+        recomputation.choose(count)
+        return (
+            f"{role}: {count} of {total} blocks are recomputed in backward (activation_checkpointing: auto); "
+            f"a peak of {predicted / GIB:.1f} GiB is expected of {-lacking / GIB:.1f} GiB to be had"
+        )

@@ -1,0 +1,125 @@
+"""`activation_checkpointing: auto` chooses after the second update, from that update's peaks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rtdmd.distributed.collectives import Ranks
+from rtdmd.models.recomputation import Recomputation
+from rtdmd.stages.activations import GIB, AutomaticRecomputation, CudaMemory
+from tests.models.test_recomputation import Chain, block
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+class Scripted:
+    """A device whose peaks are given, one for each time that is watched."""
+
+    def __init__(self, peaks: Iterator[int], available: int) -> None:
+        self._peaks = peaks
+        self._available = available
+
+    def reset_peak(self) -> None:
+        """The next peak is read at the next time's end."""
+
+    def peak(self) -> int:
+        return next(self._peaks)
+
+    def available(self) -> int:
+        return self._available
+
+
+def chain(widths: tuple[int, ...]) -> tuple[Chain, Recomputation]:
+    network = Chain(*(block(width) for width in widths))
+    return network, network.recomputation
+
+
+def recomputed(recomputation: Recomputation) -> list[bool]:
+    return [each in recomputation._recomputed for each in recomputation.blocks]
+
+
+def update(network: nn.Module) -> None:
+    with torch.no_grad():  # a rollout is no time of a role's
+        network(torch.randn(2, 3))
+    network(torch.randn(2, 3)).sum().backward()
+
+
+def test_roles_are_settled_after_the_second_generator_update(ranks: Ranks) -> None:
+    """A block of width w keeps 8·w bytes here. The fake score has room for everything, the generator doesn't.
+
+    Generator: peak 1000 with one of four blocks of 80 bytes kept, 1080 available: nothing recomputed would be
+    1000 − 80 + 320; with two recomputed it is 1000 − 80 + 160 = 1080.
+    """
+    generator, of_generator = chain((10, 10, 10, 10))
+    fake, of_fake = chain((10, 20))
+    # At the first update all is larger: it doesn't count.
+    peaks = iter([9000, 9000, 700, 600, 700, 1000])
+    automatic = AutomaticRecomputation(Scripted(peaks, 1080), ranks)
+    automatic.add("generator", generator, of_generator)
+    automatic.add("fake_score", fake, of_fake)
+    notices = []
+    for updates_generator in (True, False, False, True, True):
+        update(fake)
+        if updates_generator:
+            update(generator)
+        notices.append(automatic.after_step(updates_generator))
+    assert [len(each) for each in notices] == [0, 0, 0, 2, 0]
+    assert "generator: 2 of 4 blocks" in notices[3][0] and "fake_score: 0 of 2 blocks" in notices[3][1]
+    assert recomputed(of_generator) == [True, False, True, False]
+    assert recomputed(of_fake) == [False, False]
+    assert next(peaks, None) is None  # nothing is watched afterwards
+
+
+def test_a_role_with_its_own_setting_is_left_alone(ranks: Ranks) -> None:
+    generator, of_generator = chain((10, 10))
+    fake, of_fake = chain((10, 10))
+    of_fake.choose(1)
+    automatic = AutomaticRecomputation(Scripted(itertools.repeat(10**6), 0), ranks)
+    automatic.add("generator", generator, of_generator)
+    automatic.add("fake_score", fake, None)
+    for _ in range(2):
+        update(fake)
+        update(generator)
+        notices = automatic.after_step(True)
+    assert len(notices) == 1 and "generator: 2 of 2 blocks" in notices[0]
+    assert recomputed(of_fake) == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_what_is_predicted_is_an_upper_bound(share: float) -> None:
+    """Twelve blocks that keep 64 MiB each, on a device with room for a share of them."""
+    device = torch.device("cuda", 0)
+    network = Chain(*(block(2**14) for _ in range(12))).to(device)
+    recomputation = network.recomputation
+
+    class Limited(CudaMemory):
+        def available(self) -> int:
+            return int(base + share * 12 * GIB / 16)
+
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        base = torch.cuda.memory_allocated(device) + GIB / 4  # gradients, one recomputed block
+        automatic = AutomaticRecomputation(Limited(device), Ranks(0, 1, device))
+        automatic.add("generator", network, recomputation)
+        for number in range(3):
+            torch.cuda.reset_peak_memory_stats(device)
+            network(torch.randn(2**10, 3, device=device)).sum().backward()
+            network.zero_grad()
+            if number < 2:
+                automatic.after_step(True)
+    finally:
+        dist.destroy_process_group()
+    assert torch.cuda.max_memory_allocated(device) <= base + share * 12 * GIB / 16
+    assert 0 < sum(recomputed(recomputation)) < 12
