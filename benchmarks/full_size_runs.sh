@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Training steps at true size, one GPU:  bash benchmarks/full_size_runs.sh OUT CASE…
+# JSON and what the processes say in OUT/CASE.*; cases below. PROCESSES=2 starts a case on two GPUs.
+set -uo pipefail
+out=$1
+shift
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+mkdir -p "$out"
+
+replicated=(roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
+  roles.fake_score.engine=ds_configs/zero2.json)
+compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
+recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
+short=(--stops 1 4 --steps 8 --warmup 2 --phase-steps 1 --no-save)
+# 12 pictures in 2 batches of 6, clipscore alone, sub-batches of 2: what FACTS' published code was timed with.
+rtdmd=(--stage rtdmd --steps 8 --warmup 2 --phase-steps 1 --no-save "rewards=[{name: clipscore}]"
+  rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
+
+run() { # NAME arguments of train_step …
+  local name=$1 start=$SECONDS
+  shift
+  if [ "${PROCESSES:-1}" = 1 ]; then
+    python3 -m benchmarks.train_step "$@" --output "$out/$name.json" >"$out/$name.txt" 2>&1
+  else
+    python3 -m torch.distributed.run --nproc-per-node "$PROCESSES" -m benchmarks.train_step "$@" \
+      --output "$out/$name.json" >"$out/$name.txt" 2>&1
+  fi
+  echo "$name: exit code $? after $((SECONDS - start)) s"
+  tail -n 30 "$out/$name.txt" | grep -v Warning | cut -c1-300
+}
+
+for name in "$@"; do
+  case $name in
+    cold) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_auto) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute auto) "${short[@]}" ;;
+    cold_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) cold_start.micro_batch_size=3 model.text_encoder=offload "${short[@]}" ;;
+    cold_eager) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_zero3) run "$name" recipes/flux2_4b.yaml "${short[@]}" ;;
+    baseline) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" --baseline ;;
+    rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
+    rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
+    sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.batch_size=9 cold_start.micro_batch_size=9 "${short[@]}" ;;
+    *) echo "$name: no such case" >&2 ;;
+  esac
+done
