@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,20 +22,29 @@ def blocks_of(network: nn.Module, lists: Sequence[str]) -> list[nn.Module]:
     return [block for name in lists for block in network.get_submodule(name).children()]
 
 
-def recompute_activations(network: nn.Module, policy: Checkpointing, lists: Sequence[str]) -> None:
+def recompute_activations(
+    network: nn.Module,
+    policy: Checkpointing | Callable[[], Checkpointing],
+    lists: Sequence[str],
+    bind: Callable[[nn.Module], Callable[..., Any]] = lambda block: block,
+) -> None:
     """Drop blocks' activations in forward and compute them once more in backward.
 
     ``full``: of every block; ``selective``: of every other one, beginning with the first; ``none``: of none.
+    Where the network serves several roles, ``policy`` tells the present one's, and ``bind`` makes of a block
+    what computes the same in backward, whichever role is present then.
     Not reentrant: under ZeRO-3 reentrant checkpoints give wrong gradients with several forwards before one
     backward.
     """
     if policy == "none":
         return
     blocks = blocks_of(network, lists)
-    chosen = set(blocks if policy == "full" else blocks[::2])
+    chosen = {"none": set(), "selective": set(blocks[::2]), "full": set(blocks)}
 
     def run(block: nn.Module, *args: Any) -> Any:
-        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
+        if block not in chosen[policy() if callable(policy) else policy]:
+            return block(*args)
+        return checkpoint(bind(block), *args, use_reentrant=False)
 
     network.enable_gradient_checkpointing(run)  # type: ignore[operator]
 

@@ -1,37 +1,30 @@
-"""From a recipe to a stage: family, networks in their engines, prompts, rewards."""
+"""From a recipe to a stage: family, networks, prompts, rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.config import engine_config
-from rtdmd.distributed.engine import TrainedEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
-from rtdmd.distributed.loading import TensorSource, build_network
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
-from rtdmd.models.blocks import compile_blocks, recompute_activations
-from rtdmd.models.lora import attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
-from rtdmd.models.weights import WeightSource, role_weights
+from rtdmd.models.weights import WeightSource
 from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import (
     DEFAULT_BACKPROP_REWARDS,
     ColdStartSection,
-    OptimizerSection,
     Recipe,
     RewardSection,
     RtdmdSection,
     TeacherSection,
     TrainedSection,
+    role_weights,
 )
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.protocol import Reward
@@ -39,30 +32,14 @@ from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.combination import Combination
+from rtdmd.stages.networks import HandOver, NetworkBuilder, NetworkWeights, separate_roles
 from rtdmd.stages.rewarding import RewardPanel
-from rtdmd.stages.roles import Roles, Student, Teacher
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.stages.scoring_thread import ScoringThread
+from rtdmd.stages.shared_roles import shared_roles
 from rtdmd.stages.texts import PromptTexts
 
 Stage = ColdStart | Rtdmd
-
-
-@dataclass(frozen=True)
-class HandOver:
-    """What an earlier stage trained: files to start from, null for the base weights."""
-
-    generator: Path | None = None
-    fake_score: Path | None = None
-
-
-class NetworkWeights(TensorSource, Protocol):
-    """A transformer's tensors with the configuration that they belong to."""
-
-    @property
-    def config(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
 
 
 def load_family(recipe: Recipe, device: torch.device) -> ModelFamily:
@@ -112,12 +89,9 @@ def build_stage(
     family = loaders.family(recipe, ranks.device)
     draws = Draws(recipe.seed, name)
     settings = recipe.cold_start if name == "cold_start" else recipe.rtdmd
-    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders)
-    roles = Roles(
-        builder.teacher(recipe.roles.teacher),
-        builder.student("generator", recipe.roles.generator, settings.generator, hand_over.generator),
-        builder.student("fake_score", recipe.roles.fake_score, settings.fake_score, hand_over.fake_score),
-    )
+    builder = NetworkBuilder(recipe, family, ranks, calls, draws, loaders.weights)
+    shared = recipe.roles.engines == "shared_base"
+    roles = (shared_roles if shared else separate_roles)(builder, settings, hand_over)
     steps = FewSteps(
         family.sigmas(recipe.schedule.timesteps, model.height, model.width),
         recipe.schedule.eta,
@@ -172,68 +146,3 @@ def _combination(recipe: Recipe) -> Combination:
         {reward.name: (reward.clip[0], reward.clip[1]) for reward in recipe.rewards if reward.clip},
         backprop.statistics_decay if backprop.standardize else None,
     )
-
-
-@dataclass(frozen=True)
-class _RoleBuilder:
-    """What the roles' construction shares."""
-
-    recipe: Recipe
-    family: ModelFamily
-    ranks: Ranks
-    calls: CallLog
-    draws: Draws
-    loaders: Loaders
-
-    def teacher(self, section: TeacherSection) -> Teacher:
-        config = engine_config(section.engine, self.recipe.dtype, None)
-        network = self._network(self.loaders.weights(self.recipe, section, None), config)
-        self._compile(section, network)
-        return Teacher(
-            start_frozen("teacher", network, config, self.calls),
-            self.family,
-            self.family.encode_prompts([""]),
-            self.recipe.model.guidance_scale,
-        )
-
-    def student(
-        self, name: str, section: TrainedSection, optimizer: OptimizerSection, start: Path | None
-    ) -> Student:
-        config = engine_config(section.engine, self.recipe.dtype, optimizer.max_grad_norm)
-        network = self._network(self.loaders.weights(self.recipe, section, start), config)
-        if section.trains == "lora":
-            self._add_lora(name, network)
-        else:
-            network.requires_grad_(True)
-        recompute_activations(network, section.activation_checkpointing, self.family.block_lists)
-        self._compile(section, network)
-        engine: TrainedEngine = start_trained(name, network, config, optimizer, self.calls, self.ranks)
-        return Student(engine, self.family)
-
-    def _network(self, source: NetworkWeights, config: dict[str, object]) -> nn.Module:
-        make = self.family.transformer_class
-        network = build_network(
-            lambda: make.from_config(source.config),  # type: ignore[attr-defined]
-            source,
-            config,
-            getattr(torch, self.recipe.dtype),
-            self.ranks.device,
-            self.calls.touch,
-        )
-        source.close()
-        return network
-
-    def _compile(self, section: TeacherSection | TrainedSection, network: nn.Module) -> None:
-        if section.compile == "blocks":
-            compile_blocks(network, self.family.block_lists)
-
-    def _add_lora(self, role: str, network: nn.Module) -> None:
-        lora = self.recipe.lora
-        attach_adapter(network, lora.rank, lora.alpha, lora.targets or self.family.lora_targets)
-        per_stage = getattr(lora.init_std, self.draws.stage)
-        std = 1 / lora.rank if per_stage is None else per_stage
-        init_adapter(network, std, lambda name, shape: self.draws.normal(0, f"lora/{role}", [name], shape)[0])
-        dtype = getattr(torch, self.recipe.dtype)
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(self.ranks.device, dtype)
