@@ -157,12 +157,11 @@ def test_compiled_gradients_are_the_eager_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family_name", FAMILIES)
-def test_a_compiled_base_has_one_graph_for_each_role(family_name: str, pipelines: dict[str, Path]) -> None:
-    """Switching between roles compiles no further graphs once each has been there."""
+def test_a_compiled_base_has_one_set_of_graphs_for_each_role(pipelines: dict[str, Path]) -> None:
+    """Switching between roles compiles nothing more once each has been there."""
     graphs = []
-    for roles in ([()], [(), ("one",), ("one", "other")]):
-        family, network, selection = with_two_adapters(family_name, pipelines[family_name])
+    for roles in ([("one",)], [("one",), ("other",)]):
+        family, network, selection = with_two_adapters("flux2", pipelines["flux2"])
         torch.compiler.reset()
         recompute_activations(network, "full", family.block_lists, selection.bind)
         compile_blocks(network, family.block_lists)
@@ -173,9 +172,8 @@ def test_a_compiled_base_has_one_graph_for_each_role(family_name: str, pipelines
             for names in roles:
                 with selection.using(names):
                     loss = family.predict_velocity(network, x, 0.7, text).square().mean()
-                if names:
-                    loss.backward()
+                loss.backward()
             counts.append(num_compiled_graphs())
         assert counts[1] == counts[2] == counts[3]
         graphs.append(counts[1] - counts[0])
-    assert 0 < graphs[1] <= 3 * graphs[0]
+    assert graphs[1] == 2 * graphs[0] > 0
