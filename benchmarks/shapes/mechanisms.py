@@ -25,9 +25,10 @@ from rtdmd.distributed.guard import CallLog
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.ac_dmd import Samples
-from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.assemble import build_stage
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.metrics import Means
+from rtdmd.stages.networks import HandOver
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema
@@ -64,7 +65,7 @@ def tracking(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, iterations
     first = recipe.cold_start.iterations
     probes = range(first, first + PROBES)
     before = [_probe(stage, number) for number in probes]
-    optimizer = stage.roles.fake_score.engine._engine.basic_optimizer
+    optimizer = stage.roles.fake_score.engine.optimizer
     rate = optimizer.param_groups[0]["lr"]
     for number in range(iterations):
         for group in optimizer.param_groups:
@@ -130,7 +131,7 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     records, scores = stage._sample(epoch, drawn)
     micro_batches = stage._weigh(records, stage._advantages(records, scores, means))
     engine = stage.roles.generator.engine
-    parameters = [p for p in engine._engine.module.parameters() if p.requires_grad]
+    parameters = [p for p in engine.network.module.parameters() if p.requires_grad]
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for micro in micro_batches:
         for step in drawn:
