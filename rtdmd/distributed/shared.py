@@ -119,7 +119,7 @@ class AdapterMasters:
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for parameter in self.parameters.values()
         ]
-        self.gradient.add_(torch.cat([gradient.view(-1) for gradient in found]))
+        self.gradient.add_(torch.cat([gradient.flatten() for gradient in found]))
         for parameter in self.parameters.values():
             parameter.grad = None
 
