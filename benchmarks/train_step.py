@@ -49,8 +49,9 @@ from rtdmd.recipe import load_recipe
 from rtdmd.recipe.checks import find_faults
 from rtdmd.recipe.schema import PromptsSection, Recipe
 from rtdmd.recipe.tree import raise_faults
-from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.assemble import build_stage
 from rtdmd.stages.cold_start import ColdStart
+from rtdmd.stages.networks import HandOver
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema

@@ -24,11 +24,11 @@ from rtdmd.models.adapters import STATE_FILE, Trained, read_adapter, read_traine
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.lora import load_adapter
 from rtdmd.models.protocol import Network, TextEmbeddings
-from rtdmd.models.weights import WeightSource, load_network, role_weights
+from rtdmd.models.weights import WeightSource, load_network
 from rtdmd.processes import Report, run_processes, shares, unshare
 from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
-from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection
+from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection, role_weights
 from rtdmd.rollout import FewSteps, paint
 
 TEACHER_STEPS = 50

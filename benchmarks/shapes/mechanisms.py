@@ -25,9 +25,10 @@ from rtdmd.distributed.guard import CallLog
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.ac_dmd import Samples
-from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.assemble import build_stage
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.metrics import Means
+from rtdmd.stages.networks import HandOver
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema
@@ -35,7 +36,15 @@ from rtdmd.training.loop import StageRun
 from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
 
+ROLES = ("teacher", "generator", "fake_score")
 CONVERGENCE_ITERATIONS = 1500
+# In float32, without engines' and compilers' own ways, however the run was trained.
+PLAIN = [
+    "dtype=float32",
+    "roles.engines=separate",
+    *(f"roles.{role}.engine=ds_configs/zero0.json" for role in ROLES),
+    *(f"roles.{role}.compile=none" for role in ROLES),
+]
 PROBES = 16  # batches on which velocities are compared
 EPOCHS = 24  # estimates of the policy gradient
 
@@ -64,7 +73,7 @@ def tracking(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, iterations
     first = recipe.cold_start.iterations
     probes = range(first, first + PROBES)
     before = [_probe(stage, number) for number in probes]
-    optimizer = stage.roles.fake_score.engine._engine.basic_optimizer
+    optimizer = stage.roles.fake_score.engine.optimizer
     rate = optimizer.param_groups[0]["lr"]
     for number in range(iterations):
         for group in optimizer.param_groups:
@@ -135,7 +144,7 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
         loss = micro.share * stage._policy_term(micro, step, means) / len(terms)
         engine.backward(loss, last=number == len(terms) - 1)
     gradient = torch.cat([part.flatten() for part in engine.masters.gradients()])
-    engine._engine.zero_grad()
+    engine.network.module.zero_grad()
     return gradient
 
 
@@ -148,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path)
     parser.add_argument("--length", type=int, help="iterations (tracking) or epochs (variance)")
     options = parser.parse_args(arguments)
-    recipe = load_for_sampling(str(options.run / "recipe.yaml"), [])
+    recipe = load_for_sampling(str(options.run / "recipe.yaml"), PLAIN)
     ranks = start_ranks(3600)
     calls = CallLog(ranks)
     if options.kind == "tracking":

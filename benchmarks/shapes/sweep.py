@@ -24,7 +24,8 @@ from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.masters import MASTER
 from rtdmd.recipe import load_checked
 from rtdmd.recipe.schema import Recipe
-from rtdmd.stages.assemble import HandOver, Stage, build_stage
+from rtdmd.stages.assemble import Stage, build_stage
+from rtdmd.stages.networks import HandOver
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_state_dict
 from rtdmd.training.ema import Ema
 

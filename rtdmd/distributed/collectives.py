@@ -86,6 +86,10 @@ class Ranks:
         """Element-wise mean over ranks."""
         return self.sum(value) / self.world_size
 
+    def average_(self, value: Tensor) -> None:
+        """Element-wise mean over ranks, in place."""
+        dist.all_reduce(value.div_(self.world_size))
+
     def max(self, value: Tensor) -> Tensor:
         """Element-wise maximum over ranks (a new tensor)."""
         largest = value.clone()

@@ -1,13 +1,14 @@
-"""One network under DeepSpeed, with the few operations that stages need."""
+"""One role's network, with the few operations that stages need."""
 
 from __future__ import annotations
 
 import gc
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -22,50 +23,91 @@ from rtdmd.errors import TrainingHalted
 from rtdmd.recipe.schema import OptimizerSection
 
 
+class Network(Protocol):
+    """What a role computes with: a module of its own in an engine, or a base that roles share."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def close(self) -> None:
+        """Free the memory of its weights."""
+        ...
+
+
+class OwnNetwork:
+    """A network in a DeepSpeed engine of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def close(self) -> None:
+        """Free the memory of weights, masters and optimizer."""
+        close_engine(self.engine)
+        del self.engine
+        collect_garbage()
+
+
 class FrozenEngine:
     """A network that only predicts."""
 
-    def __init__(self, name: str, engine: Any, calls: CallLog) -> None:
+    def __init__(self, name: str, network: Network, calls: CallLog) -> None:
         self.name = name
-        self._engine = engine
+        self.network = network
         self._calls = calls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._calls.record(f"{self.name}.forward")
-        return self._engine(*args, **kwargs)
+        return self.network(*args, **kwargs)
 
     def close(self) -> None:
-        """Free the memory of weights, masters and optimizer; the engine can't be used afterwards.
-
-        DeepSpeed's globals and hooks keep references to a destroyed engine, so waiting for the garbage
-        collector frees nothing. The storages themselves are emptied.
-        """
-        module, optimizer = self._engine.module, self._engine.optimizer
-        self._engine.destroy()
-        for parameter in module.parameters():
-            _release([parameter, parameter.grad, getattr(parameter, "ds_tensor", None)])
-        for owner in (optimizer, getattr(optimizer, "optimizer", None)):
-            _release(getattr(owner, "__dict__", {}))
-        parameter_offload.FWD_MODULE_STACK.clear()
-        # Whenever the engine is collected it destroys its optimizer once more. That would touch the emptied
-        # tensors, and in the middle of a torch.compile, where they count as fake ones, crash the process.
-        self._engine.optimizer = None
-        del self._engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """Free the memory of weights, masters and optimizer; the engine can't be used afterwards."""
+        self.network.close()
 
 
-def _release(held: Any, depth: int = 10) -> None:
+def close_engine(engine: Any) -> None:
+    """Empty the storages of a DeepSpeed engine's weights, masters and optimizer.
+
+    DeepSpeed's globals and hooks keep references to a destroyed engine, so waiting for the garbage
+    collector frees nothing. The storages themselves are emptied.
+    """
+    module, optimizer = engine.module, engine.optimizer
+    engine.destroy()
+    for parameter in module.parameters():
+        release([parameter, parameter.grad, getattr(parameter, "ds_tensor", None)])
+    for owner in (optimizer, getattr(optimizer, "optimizer", None)):
+        release(getattr(owner, "__dict__", {}))
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # Whenever the engine is collected it destroys its optimizer once more. That would touch the emptied
+    # tensors, and in the middle of a torch.compile, where they count as fake ones, crash the process.
+    engine.optimizer = None
+
+
+def collect_garbage() -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def release(held: Any, depth: int = 10) -> None:
     """Empty the storage of every tensor in nested containers."""
     if isinstance(held, Tensor):
         if held.device.type != "meta":
             held.untyped_storage().resize_(0)
     elif depth > 0 and isinstance(held, dict):
-        _release([*held.keys(), *held.values()], depth - 1)
+        release([*held.keys(), *held.values()], depth - 1)
     elif depth > 0 and isinstance(held, list | tuple | set):
         for item in held:
-            _release(item, depth - 1)
+            release(item, depth - 1)
 
 
 @dataclass(frozen=True)
@@ -75,32 +117,44 @@ class Step:
     grad_norm: float  # global, before clipping
 
 
-class TrainedEngine(FrozenEngine):
-    """A network that trains, its masters and AdamW in shards.
+class TrainedEngine(FrozenEngine, ABC):
+    """A network that trains, with float32 masters and AdamW.
 
     Gradients accumulate over :meth:`backward` calls until :meth:`step`. Losses are averaged over
-    ranks. ``parameters`` names what trains, as the network itself names it.
+    ranks. ``shapes`` names what trains, as the network itself names it, with its full shape.
     """
 
     def __init__(
         self,
         name: str,
-        engine: Any,
+        network: Network,
         calls: CallLog,
         ranks: Ranks,
-        parameters: dict[str, nn.Parameter],
-        stage: int,
+        shapes: dict[str, torch.Size],
+        masters: Masters,
     ) -> None:
-        super().__init__(name, engine, calls)
+        super().__init__(name, network, calls)
         self._ranks = ranks
-        self._shapes = {key: _true_shape(parameter) for key, parameter in parameters.items()}
-        self.masters: Masters = masters_of(engine, stage, parameters, ranks)
+        self._shapes = shapes
+        self.masters = masters
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the masters."""
+
+    @abstractmethod
+    def _accumulate(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of ``loss``; after the ``last`` one it is averaged over ranks."""
+
+    @abstractmethod
+    def _update(self, norm: float) -> None:
+        """Clip the gradient, whose norm is ``norm``, and update masters and network."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of ``loss``; ``last`` says that :meth:`step` comes next."""
         self._calls.record(f"{self.name}.backward")
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self._accumulate(loss, last)
         # Recomputed blocks stop before DeepSpeed's post-forward hook and would pile up here.
         parameter_offload.FWD_MODULE_STACK.clear()
 
@@ -114,7 +168,7 @@ class TrainedEngine(FrozenEngine):
             self._calls.halt()
         if not math.isfinite(norm):
             raise TrainingHalted(self._non_finite_report())
-        self._engine.step()
+        self._update(norm)
         return Step(norm)
 
     def _gradient_norm(self) -> Tensor:
@@ -175,15 +229,44 @@ class TrainedEngine(FrozenEngine):
 
     def restored(self, num_updates: int) -> None:
         """Collective: call after the views of :meth:`state` have been filled from a checkpoint."""
-        for state in self._engine.basic_optimizer.state.values():
+        for state in self.optimizer.state.values():
             state["step"].fill_(num_updates)
         self.masters.publish(self.masters.pieces(MASTER))
 
     @property
     def num_updates(self) -> int:
         """Optimizer steps taken so far."""
-        states = list(self._engine.basic_optimizer.state.values())
+        states = list(self.optimizer.state.values())
         return int(states[0]["step"]) if states and "step" in states[0] else 0
+
+
+class ShardedEngine(TrainedEngine):
+    """A network of its own, its masters and AdamW in DeepSpeed's shards."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: Any,
+        calls: CallLog,
+        ranks: Ranks,
+        parameters: dict[str, nn.Parameter],
+        stage: int,
+    ) -> None:
+        shapes = {key: _true_shape(parameter) for key, parameter in parameters.items()}
+        masters = masters_of(engine, stage, parameters, ranks)
+        self._own = OwnNetwork(engine)
+        super().__init__(name, self._own, calls, ranks, shapes, masters)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._own.engine.basic_optimizer
+
+    def _accumulate(self, loss: Tensor, last: bool) -> None:
+        self._own.engine.set_gradient_accumulation_boundary(last)
+        self._own.engine.backward(loss)
+
+    def _update(self, norm: float) -> None:
+        self._own.engine.step()  # clips by itself
 
 
 def _true_shape(parameter: Any) -> torch.Size:
@@ -195,7 +278,21 @@ def start_frozen(name: str, network: nn.Module, config: dict[str, Any], calls: C
     network.requires_grad_(False).eval()
     engine, *_ = deepspeed.initialize(model=network, config=config)
     engine.eval()
-    return FrozenEngine(name, engine, calls)
+    return FrozenEngine(name, OwnNetwork(engine), calls)
+
+
+def adam_w(
+    parameters: list[nn.Parameter], settings: OptimizerSection, device: torch.device
+) -> torch.optim.AdamW:
+    """torch's AdamW as the recipe sets it, fused on a GPU."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=device.type == "cuda",
+    )
 
 
 def start_trained(
@@ -208,13 +305,6 @@ def start_trained(
 ) -> TrainedEngine:
     """Put a network under an engine with AdamW over the parameters that require gradient."""
     trained = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
-    adam = torch.optim.AdamW(
-        list(trained.values()),
-        lr=optimizer.learning_rate,
-        betas=(optimizer.betas[0], optimizer.betas[1]),
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        fused=ranks.device.type == "cuda",
-    )
+    adam = adam_w(list(trained.values()), optimizer, ranks.device)
     engine, *_ = deepspeed.initialize(model=network, optimizer=adam, config=config)
-    return TrainedEngine(name, engine, calls, ranks, trained, zero_stage(config))
+    return ShardedEngine(name, engine, calls, ranks, trained, zero_stage(config))

@@ -52,7 +52,7 @@ class Masters(Protocol):
         ...
 
 
-def _adam_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any]:
+def adam_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any]:
     """AdamW's state of a tensor, created if it isn't there (``step`` lives where AdamW puts it)."""
     state = optimizer.state[flat]
     if "exp_avg" not in state:
@@ -89,7 +89,7 @@ class ReplicatedMasters:
 
     def ensure_optimizer_state(self) -> None:
         for parameter in self._parameters.values():
-            _adam_state(self._optimizer, parameter)
+            adam_state(self._optimizer, parameter)
 
 
 class _ZeroMasters:
@@ -148,7 +148,7 @@ class FragmentMasters(_ZeroMasters):
 
     def ensure_optimizer_state(self) -> None:
         for flat in self._flats():
-            _adam_state(self._optimizer, flat)
+            adam_state(self._optimizer, flat)
 
 
 class ShardMasters(_ZeroMasters):
@@ -186,7 +186,7 @@ class ShardMasters(_ZeroMasters):
 
     def ensure_optimizer_state(self) -> None:
         for flat in self._zero.fp32_partitioned_groups_flat:
-            _adam_state(self._optimizer, flat)
+            adam_state(self._optimizer, flat)
 
 
 def masters_of(engine: Any, stage: int, parameters: dict[str, nn.Parameter], ranks: Ranks) -> Masters:

@@ -12,8 +12,7 @@ from huggingface_hub import hf_hub_download
 from rtdmd.errors import UserError
 from rtdmd.evaluation.sets import EvaluationSet
 from rtdmd.evaluation.specs import ModelSpec
-from rtdmd.models.weights import role_weights
-from rtdmd.recipe.schema import Recipe, RewardSection
+from rtdmd.recipe.schema import Recipe, RewardSection, role_weights
 from rtdmd.sample import TEACHER_STEPS, SampleOptions, few_timesteps, run_files
 
 # Of a folder: what models are loaded from.

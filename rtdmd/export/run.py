@@ -10,9 +10,9 @@ from rtdmd.errors import UserError
 from rtdmd.models import ModelFamily, get_family
 from rtdmd.models.adapters import STATE_FILE, Trained, read_trained
 from rtdmd.models.lora import Adapter, plain_name
-from rtdmd.models.weights import architecture_shapes, check_adapter, role_weights
+from rtdmd.models.weights import architecture_shapes, check_adapter
 from rtdmd.recipe import load_for_sampling
-from rtdmd.recipe.schema import Recipe
+from rtdmd.recipe.schema import Recipe, role_weights
 from rtdmd.runs import ended_early, latest_checkpoint, read_progress
 from rtdmd.sample import run_files
 

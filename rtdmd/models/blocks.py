@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,21 +22,31 @@ def blocks_of(network: nn.Module, lists: Sequence[str]) -> list[nn.Module]:
     return [block for name in lists for block in network.get_submodule(name).children()]
 
 
-def recompute_activations(
-    network: nn.Module, policy: Checkpointing, lists: Sequence[str]
-) -> Recomputation | None:
-    """Drop blocks' activations in forward and compute them once more in backward; None where none are.
+def recomputation_of(
+    network: nn.Module,
+    policy: Checkpointing,
+    lists: Sequence[str],
+    bind: Callable[[nn.Module], Callable[..., Any]] = lambda block: block,
+) -> Recomputation:
+    """Which blocks drop their activations in forward, to be computed once more in backward.
 
-    ``full``: of every block; ``selective``: of every other one, beginning with the first; ``none``: of none;
-    ``auto``: as yet of every block, until the caller chooses.
+    ``full``: every one; ``selective``: every other one, beginning with the first; ``none``: none; ``auto``:
+    every one as yet, until the caller chooses. ``bind``: see :class:`Recomputation`.
     """
-    if policy == "none":
-        return None
-    recomputation = Recomputation(blocks_of(network, lists))
-    if policy == "selective":
-        recomputation.choose((len(recomputation.blocks) + 1) // 2)
-    network.enable_gradient_checkpointing(recomputation.run)  # type: ignore[operator]
+    recomputation = Recomputation(blocks_of(network, lists), bind)
+    total = len(recomputation.blocks)
+    if policy in ("none", "selective"):
+        recomputation.choose(0 if policy == "none" else (total + 1) // 2)
     return recomputation
+
+
+def recompute_activations(network: nn.Module, present: Callable[[], Recomputation]) -> None:
+    """Let blocks run as the recomputation of the ``present`` role says, where a gradient is asked for."""
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        return present().run(block, *args)
+
+    network.enable_gradient_checkpointing(run)  # type: ignore[operator]
 
 
 def compile_forward(network: nn.Module, scope: Compile, lists: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ JOINT_ATTENTION_TARGETS = (
     "attn.to_add_out",
 )
 _FACTORS = ("lora_A", "lora_B")
+DEFAULT = "default"  # name of a network's only adapter, and of any in files
 
 
 def plain_name(name: str) -> str:
@@ -59,7 +62,7 @@ class Adapter:
     def state(self) -> dict[str, Tensor]:
         """The factors under the names of ``generator_ema.pt``."""
         return {
-            f"{module}.{factor}.default.weight": tensor.contiguous()
+            f"{module}.{factor}.{DEFAULT}.weight": tensor.contiguous()
             for module, pair in self.factors.items()
             for factor, tensor in zip(_FACTORS, pair, strict=True)
         }
@@ -153,60 +156,117 @@ def _split_factor(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-class PlainLora(lora.Linear):
-    """y = W·x + (alpha/rank)·B·A·x, for peft's own layer with the one adapter ``default``.
+class AdapterSelection:
+    """Which adapters of a network take part in a forward; ΔW is their sum, none leaves the base alone."""
 
-    peft asks at each call which adapters there are, and scales in an operation of its own: in a small
-    network a tenth of the host's time. Where alpha/rank is a power of two the numbers are the same bit for
-    bit.
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+
+    @contextmanager
+    def using(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Select ``names`` inside the block."""
+        before, self.names = self.names, names
+        try:
+            yield
+        finally:
+            self.names = before
+
+    def is_exactly(self, names: tuple[str, ...]) -> bool:
+        """Whether ``names`` are selected, and no others."""
+        return self.names == names
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with what is selected now, whenever it is called: a block to recompute in backward,
+        when another role's adapters may be selected, or none."""
+        names = self.names
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            with self.using(names):
+                return function(*args, **kwargs)
+
+        return bound
+
+    def govern(self, network: nn.Module) -> None:
+        """Take over all layers of ``network`` that have adapters."""
+        for module in network.modules():
+            if isinstance(module, PlainLora):
+                module.selection = self
+
+
+class PlainLora(lora.Linear):
+    """y = W·x + Σ (alpha/rank)·B·A·x over the selected adapters, by default the one named ``default``.
+
+    In place of peft's own layer, which asks at each call which adapters there are, and scales in an operation
+    of its own: in a small network a tenth of the host's time. Where alpha/rank is a power of two the numbers
+    are the same bit for bit.
     """
+
+    selection = AdapterSelection((DEFAULT,))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer(x)
-        return torch.add(
-            base, self.lora_B["default"](self.lora_A["default"](x)), alpha=self.scaling["default"]
-        )
+        y = self.base_layer(x)
+        for name in self.selection.names:
+            if name in self.lora_A:
+                y = torch.add(y, self.lora_B[name](self.lora_A[name](x)), alpha=self.scaling[name])
+        return y
 
 
-def attach_adapter(transformer: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Add one trainable LoRA named ``default`` to the modules whose names end in ``targets``.
+def attach_adapter(
+    transformer: nn.Module, rank: int, alpha: float, targets: Sequence[str], name: str = DEFAULT
+) -> None:
+    """Add a trainable LoRA to the modules whose names end in ``targets``.
 
-    The base is frozen. A and B come from peft's own initialisation; :func:`init_adapter` sets them.
+    The base and adapters that are there already are frozen. A and B come from peft's own initialisation;
+    :func:`init_adapter` sets them.
     """
     transformer.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     config._register_custom_module({nn.Linear: PlainLora})
-    transformer.add_adapter(config, adapter_name="default")  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # on purpose
+        transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
 
 
-def load_adapter(transformer: nn.Module, adapter: Adapter) -> None:
+def adapter_parameters(transformer: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
+    """The factors of one adapter, under the names that they have where it is the only one, ``default``."""
+    marks = {f".{factor}.{name}.": f".{factor}.{DEFAULT}." for factor in _FACTORS}
+    return {
+        key.replace(mark, usual): parameter
+        for key, parameter in transformer.named_parameters()
+        for mark, usual in marks.items()
+        if mark in key
+    }
+
+
+def load_adapter(transformer: nn.Module, adapter: Adapter, name: str = DEFAULT) -> None:
     """Put a trained adapter on the transformer unmerged, frozen, in the dtype of its modules.
 
     The modules' names are those of ``adapter``, which a :class:`rtdmd.models.weights.WeightSource` has
     checked against the model.
     """
-    attach_adapter(transformer, adapter.rank, adapter.alpha, sorted(adapter.factors))
-    factors = {
-        name: parameter
-        for name, parameter in transformer.named_parameters()
-        if _split_factor(name)[1] is not None
-    }
+    attach_adapter(transformer, adapter.rank, adapter.alpha, sorted(adapter.factors), name)
+    factors = adapter_parameters(transformer, name)
     assert len(factors) == 2 * len(adapter.factors), "a module's name is the end of another's"
     with torch.no_grad():
-        for name, parameter in factors.items():
-            module, factor = _split_factor(name)
+        for key, parameter in factors.items():
+            module, factor = _split_factor(key)
             a, b = adapter.factors[module]
             parameter.copy_(a if factor == "lora_A" else b)
     transformer.requires_grad_(False)
 
 
-def init_adapter(transformer: nn.Module, std: float, normal: Callable[[str, Sequence[int]], Tensor]) -> None:
+def init_adapter(
+    transformer: nn.Module,
+    std: float,
+    normal: Callable[[str, Sequence[int]], Tensor],
+    name: str = DEFAULT,
+) -> None:
     """A ~ N(0, std²) and B = 0. ``normal(name, shape)`` gives standard normal numbers per tensor."""
     with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if ".lora_A." in name:
-                parameter.copy_(std * normal(plain_name(name), parameter.shape))
-            elif ".lora_B." in name:
+        for key, parameter in adapter_parameters(transformer, name).items():
+            if ".lora_A." in key:
+                parameter.copy_(std * normal(plain_name(key), parameter.shape))
+            else:
                 parameter.zero_()

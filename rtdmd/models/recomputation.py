@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,18 +111,24 @@ class Recomputation:
     """Drops blocks' activations in forward and computes them once more in backward; at first all blocks'.
 
     Not reentrant: under ZeRO-3 reentrant checkpoints give wrong gradients with several forwards before one
-    backward. Blocks may be chosen anew between updates, on all ranks alike.
+    backward. Blocks may be chosen anew between updates, on all ranks alike. ``bind`` makes of a block what
+    computes the same in backward, whichever role the network serves then.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        bind: Callable[[nn.Module], Callable[..., Any]] = lambda block: block,
+    ) -> None:
         self.blocks = list(blocks)
+        self._bind = bind
         self._recomputed = set(self.blocks)
         self._counters: dict[nn.Module, SavedBytes] = {}
 
     def run(self, block: nn.Module, *args: Any) -> Any:
         """``block(*args)``, for diffusers' ``enable_gradient_checkpointing``."""
         if block in self._recomputed:
-            return checkpoint(block, *args, use_reentrant=False)
+            return checkpoint(self._bind(block), *args, use_reentrant=False)
         counter = self._counters.get(block)
         if counter is None:
             return block(*args)

@@ -19,17 +19,9 @@ from torch import Tensor, nn
 
 from rtdmd.errors import UserError
 from rtdmd.models.lora import Adapter, plain_name
-from rtdmd.recipe.schema import ModelSection, TeacherSection, TrainedSection
 
 WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-
-
-def role_weights(model: ModelSection, role: TeacherSection | TrainedSection) -> tuple[str, str | None]:
-    """Folder or hub id and revision of a role's base weights: its own, else the model's pipeline."""
-    if role.weights:
-        return role.weights, role.revision
-    return model.pipeline, role.revision or model.revision
 
 
 def transformer_folder(weights: str, revision: str | None = None) -> Path:

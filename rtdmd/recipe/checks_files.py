@@ -11,7 +11,7 @@ from typing import Any
 
 from rtdmd.errors import nearest_hint
 from rtdmd.recipe.report import Report, value_at
-from rtdmd.recipe.schema import Recipe
+from rtdmd.recipe.schema import Recipe, role_weights
 
 _ROLES = ("teacher", "generator", "fake_score")
 # The recipe decides these; an engine JSON that sets them too could disagree.
@@ -32,6 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 def check_engines(report: Report, recipe: Recipe) -> None:
     """Each role's DeepSpeed JSON is there, is valid, and leaves to the recipe what it decides."""
     contents: dict[str, dict[str, Any] | None] = {}
+    is_shared = recipe.roles.engines == "shared_base"
     for role in _ROLES:
         key = f"roles.{role}.engine"
         path = value_at(recipe, key)
@@ -41,15 +42,48 @@ def check_engines(report: Report, recipe: Recipe) -> None:
         if content is not None:
             if is_first:
                 _check_engine(report, key, path, content)
-            _check_role_engine(report, key, path, content, frozen=role == "teacher")
-            if role != "teacher" and recipe.dtype == "bfloat16" and _stage(content) == 0:
-                advice = "use ZeRO 1 (zero1.json) or dtype float32"
-                report.fault(key, path, f"ZeRO 0 keeps no float32 masters of bfloat16 weights; {advice}")
+            if is_shared:
+                _check_base_engine(report, key, path, content)
+            else:
+                _check_role_engine(report, key, path, content, frozen=role == "teacher")
+                if role != "teacher" and recipe.dtype == "bfloat16" and _stage(content) == 0:
+                    advice = "use ZeRO 1 (zero1.json), dtype float32 or roles.engines: shared_base"
+                    report.fault(key, path, f"ZeRO 0 keeps no float32 masters of bfloat16 weights; {advice}")
             compile_key = f"roles.{role}.compile"
             scope = value_at(recipe, compile_key)
             if scope != "none" and _stage(content) == 3:
                 advice = f"{path} has ZeRO 3, whose hooks on every layer break compiled code to pieces"
                 report.fault(compile_key, scope, f"{advice}; use ZeRO 0 to 2 or compile: none")
+    if is_shared:
+        _check_shared_base(report, recipe, contents)
+
+
+def _check_base_engine(report: Report, key: str, path: str, content: dict[str, Any]) -> None:
+    """A shared base is frozen; its adapters are whole on every rank and train without DeepSpeed."""
+    zero = content.get("zero_optimization")
+    _check_role_engine(report, key, path, content, frozen=True)
+    if isinstance(zero, dict) and _offloads(zero, "offload_optimizer"):
+        advice = "the adapters on a shared base stay on the GPU; use ds_configs/frozen_zero3_offload.json"
+        report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")
+
+
+def _check_shared_base(report: Report, recipe: Recipe, contents: dict[str, dict[str, Any] | None]) -> None:
+    """Only adapters train, and roles on one base agree in what concerns the base."""
+    bases: dict[tuple[str, str | None], str] = {}
+    for role in _ROLES:
+        section: Any = value_at(recipe, f"roles.{role}")
+        if role != "teacher" and section.trains == "full":
+            advice = "write lora, or roles.engines: separate"
+            report.fault(f"roles.{role}.trains", "full", f"a shared base stays as it is; {advice}")
+        base = role_weights(recipe.model, section)
+        other = bases.setdefault(base, role)
+        for field in ("engine", "compile"):
+            key, mine = f"roles.{role}.{field}", getattr(section, field)
+            other_key = f"roles.{other}.{field}"
+            theirs = value_at(recipe, other_key)
+            if contents.get(mine, mine) != contents.get(theirs, theirs):
+                advice = f"{role} and {other} share the base {base[0]}; write {theirs}"
+                report.fault(key, mine, f"{other_key} is {theirs}, but {advice}")
 
 
 def check_models(report: Report, recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ RewardMode = Literal["default", "official"]
 Checkpointing = Literal["none", "selective", "full", "auto"]
 Compile = Literal["none", "blocks", "network"]
 TextEncoder = Literal["device", "offload", "once"]
+Engines = Literal["separate", "shared_base"]
 
 # Those of them that a recipe has carry the gradient, unless it names others.
 DEFAULT_BACKPROP_REWARDS = ("clipscore", "hpsv2", "pickscore")
@@ -64,11 +65,19 @@ class TrainedSection:
 
 @dataclass(frozen=True)
 class RolesSection:
-    """One engine per role."""
+    """The three networks, each in an engine of its own, or those with the same weights on one base."""
 
     teacher: TeacherSection
     generator: TrainedSection
     fake_score: TrainedSection
+    engines: Engines = "separate"  # shared_base: the same weights are in memory once, roles have LoRA on them
+
+
+def role_weights(model: ModelSection, role: TeacherSection | TrainedSection) -> tuple[str, str | None]:
+    """Folder or hub id and revision of a role's base weights: its own, else the model's pipeline."""
+    if role.weights:
+        return role.weights, role.revision
+    return model.pipeline, role.revision or model.revision
 
 
 @dataclass(frozen=True)

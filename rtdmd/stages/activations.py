@@ -6,6 +6,7 @@ in training, and no gradient has to be undone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.models.recomputation import Recomputation, fewest_recomputed, predicted_peak, spread
+from rtdmd.recipe.schema import Recipe
 
 GIB = 2**30
 # Of the device's whole memory: for fragmentation, and for what differs between updates.
@@ -66,11 +68,11 @@ class PeakWatch:
         self._hooks: list[RemovableHandle] = []
         self.peaks: dict[str, int] = {}
 
-    def observe(self, role: str, network: nn.Module) -> None:
-        """Watch the forwards of a role's network."""
+    def observe(self, role: str, network: nn.Module, is_present: Callable[[], bool]) -> None:
+        """Watch the forwards of a role's network: those in which it ``is_present``."""
 
         def enter(*_: Any) -> None:
-            if torch.is_grad_enabled() and role != self._role:
+            if torch.is_grad_enabled() and role != self._role and is_present():
                 self.close()
                 self._role = role
 
@@ -103,9 +105,18 @@ class AutomaticRecomputation:
         self._roles: dict[str, Recomputation] = {}
         self._updates = 0
 
-    def add(self, role: str, network: nn.Module, recomputation: Recomputation | None) -> None:
-        """A role of the stage; without ``recomputation`` its peak is only told from the others'."""
-        self._watch.observe(role, network)
+    def add(
+        self,
+        role: str,
+        network: nn.Module,
+        recomputation: Recomputation | None,
+        is_present: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """A role of the stage; without ``recomputation`` its peak is only told from the others'.
+
+        ``is_present``: whether a forward of ``network`` is the role's, where several share it.
+        """
+        self._watch.observe(role, network, is_present)
         if recomputation is not None:
             recomputation.measure()
             self._roles[role] = recomputation
@@ -144,3 +155,11 @@ class AutomaticRecomputation:
             f"{role}: {count} of {total} blocks are recomputed in backward (activation_checkpointing: auto); "
             f"a peak of {predicted / GIB:.1f} GiB is expected of {-lacking / GIB:.1f} GiB to be had"
         )
+
+
+def automatic_recomputation(recipe: Recipe, ranks: Ranks) -> AutomaticRecomputation | None:
+    """Where a role asks for it and there is a GPU whose memory can be watched."""
+    trained = (recipe.roles.generator, recipe.roles.fake_score)
+    if ranks.device.type != "cuda" or all(role.activation_checkpointing != "auto" for role in trained):
+        return None
+    return AutomaticRecomputation(CudaMemory(ranks.device), ranks)

@@ -1,72 +1,48 @@
-"""From a recipe to a stage: family, networks in their engines, prompts, rewards."""
+"""From a recipe to a stage: family, networks, prompts, rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.config import engine_config
-from rtdmd.distributed.engine import TrainedEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
-from rtdmd.distributed.loading import TensorSource, build_network
 from rtdmd.errors import UserError
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
-from rtdmd.models.blocks import compile_forward, recompute_activations
 from rtdmd.models.hosting import host_networks
-from rtdmd.models.lora import attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
-from rtdmd.models.weights import WeightSource, role_weights
+from rtdmd.models.weights import WeightSource
 from rtdmd.prompts import PromptSet
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import (
     DEFAULT_BACKPROP_REWARDS,
-    Checkpointing,
     ColdStartSection,
-    OptimizerSection,
     Recipe,
     RewardSection,
     RtdmdSection,
     TeacherSection,
     TrainedSection,
+    role_weights,
 )
 from rtdmd.rewards import load_rewards
 from rtdmd.rewards.protocol import Reward
 from rtdmd.rollout import FewSteps
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings
-from rtdmd.stages.activations import AutomaticRecomputation, CudaMemory
+from rtdmd.stages.activations import automatic_recomputation
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.combination import Combination
+from rtdmd.stages.networks import HandOver, NetworkBuilder, NetworkWeights, separate_roles
 from rtdmd.stages.rewarding import RewardPanel
-from rtdmd.stages.roles import Roles, Student, Teacher
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.stages.scoring_thread import ScoringThread
+from rtdmd.stages.shared_roles import shared_roles
 from rtdmd.stages.texts import PromptTexts
 
 Stage = ColdStart | Rtdmd
-
-
-@dataclass(frozen=True)
-class HandOver:
-    """What an earlier stage trained: files to start from, null for the base weights."""
-
-    generator: Path | None = None
-    fake_score: Path | None = None
-
-
-class NetworkWeights(TensorSource, Protocol):
-    """A transformer's tensors with the configuration that they belong to."""
-
-    @property
-    def config(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
 
 
 def load_family(recipe: Recipe, device: torch.device) -> ModelFamily:
@@ -119,14 +95,10 @@ def build_stage(
     encoders = [] if model.text_encoder == "device" else host_networks(family.text_encoders, ranks.device)
     texts = encode_texts(recipe, family, prompts, calls.touch)
     draws = Draws(recipe.seed, name)
-    automatic = _automatic_recomputation(recipe, ranks)
-    builder = _RoleBuilder(recipe, family, ranks, calls, draws, loaders, automatic)
-    roles = Roles(
-        builder.teacher(recipe.roles.teacher),
-        builder.student("generator", recipe.roles.generator, settings.generator, hand_over.generator),
-        builder.student("fake_score", recipe.roles.fake_score, settings.fake_score, hand_over.fake_score),
-        automatic,
-    )
+    automatic = automatic_recomputation(recipe, ranks)
+    builder = NetworkBuilder(recipe, family, ranks, calls, draws, loaders.weights, automatic)
+    shared = recipe.roles.engines == "shared_base"
+    roles = (shared_roles if shared else separate_roles)(builder, settings, hand_over)
     steps = FewSteps(
         family.sigmas(recipe.schedule.timesteps, model.height, model.width),
         recipe.schedule.eta,
@@ -145,14 +117,6 @@ def build_stage(
 def preview_prompts(recipe: Recipe, prompts: PromptSet) -> list[str]:
     """What a stage with ``prompts`` paints now and then."""
     return (recipe.preview.prompts or prompts.prompts)[: recipe.preview.num_images]
-
-
-def _automatic_recomputation(recipe: Recipe, ranks: Ranks) -> AutomaticRecomputation | None:
-    """Where a role asks for it and there is a GPU whose memory can be watched."""
-    trained = (recipe.roles.generator, recipe.roles.fake_score)
-    if ranks.device.type != "cuda" or all(role.activation_checkpointing != "auto" for role in trained):
-        return None
-    return AutomaticRecomputation(CudaMemory(ranks.device), ranks)
 
 
 def encode_texts(
@@ -211,72 +175,3 @@ def _combination(recipe: Recipe) -> Combination:
         {reward.name: (reward.clip[0], reward.clip[1]) for reward in recipe.rewards if reward.clip},
         backprop.statistics_decay if backprop.standardize else None,
     )
-
-
-@dataclass(frozen=True)
-class _RoleBuilder:
-    """What the roles' construction shares."""
-
-    recipe: Recipe
-    family: ModelFamily
-    ranks: Ranks
-    calls: CallLog
-    draws: Draws
-    loaders: Loaders
-    automatic: AutomaticRecomputation | None
-
-    def teacher(self, section: TeacherSection) -> Teacher:
-        config = engine_config(section.engine, self.recipe.dtype, None)
-        network = self._network(self.loaders.weights(self.recipe, section, None), config)
-        compile_forward(network, section.compile, self.family.block_lists)
-        return Teacher(
-            start_frozen("teacher", network, config, self.calls),
-            self.family,
-            self.family.encode_prompts([""]),
-            self.recipe.model.guidance_scale,
-        )
-
-    def student(
-        self, name: str, section: TrainedSection, optimizer: OptimizerSection, start: Path | None
-    ) -> Student:
-        config = engine_config(section.engine, self.recipe.dtype, optimizer.max_grad_norm)
-        network = self._network(self.loaders.weights(self.recipe, section, start), config)
-        if section.trains == "lora":
-            self._add_lora(name, network)
-        else:
-            network.requires_grad_(True)
-        self._recompute(name, section.activation_checkpointing, network)
-        compile_forward(network, section.compile, self.family.block_lists)
-        engine: TrainedEngine = start_trained(name, network, config, optimizer, self.calls, self.ranks)
-        return Student(engine, self.family)
-
-    def _network(self, source: NetworkWeights, config: dict[str, object]) -> nn.Module:
-        make = self.family.transformer_class
-        network = build_network(
-            lambda: make.from_config(source.config),  # type: ignore[attr-defined]
-            source,
-            config,
-            getattr(torch, self.recipe.dtype),
-            self.ranks.device,
-            self.calls.touch,
-        )
-        source.close()
-        return network
-
-    def _recompute(self, role: str, policy: Checkpointing, network: nn.Module) -> None:
-        if policy == "auto" and self.automatic is None:
-            policy = "none"
-        recomputation = recompute_activations(network, policy, self.family.block_lists)
-        if self.automatic is not None:
-            self.automatic.add(role, network, recomputation if policy == "auto" else None)
-
-    def _add_lora(self, role: str, network: nn.Module) -> None:
-        lora = self.recipe.lora
-        attach_adapter(network, lora.rank, lora.alpha, lora.targets or self.family.lora_targets)
-        per_stage = getattr(lora.init_std, self.draws.stage)
-        std = 1 / lora.rank if per_stage is None else per_stage
-        init_adapter(network, std, lambda name, shape: self.draws.normal(0, f"lora/{role}", [name], shape)[0])
-        dtype = getattr(torch, self.recipe.dtype)
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(self.ranks.device, dtype)

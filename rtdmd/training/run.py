@@ -15,7 +15,8 @@ from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
 from rtdmd.runs import ended_early, latest_checkpoint, read_progress
-from rtdmd.stages.assemble import HandOver, build_stage, preview_prompts
+from rtdmd.stages.assemble import build_stage, preview_prompts
+from rtdmd.stages.networks import HandOver
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
 from rtdmd.training.checkpoint import CheckpointStore, replace_text
 from rtdmd.training.ema import Ema

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
@@ -23,8 +22,13 @@ from rtdmd.distributed.guard import CallLog, Watchdog
 from rtdmd.distributed.masters import MASTER
 from rtdmd.errors import TrainingHalted
 from rtdmd.recipe import load_recipe
-from rtdmd.stages.assemble import HandOver, Stage, build_stage
+from rtdmd.stages.assemble import Stage, build_stage
+from rtdmd.stages.networks import HandOver
+from rtdmd.training.checkpoint import CheckpointStore
+from tests.distributed.reference import without_rounding
+from tests.distributed.worker import whole_gradients
 
+ROLES = ("teacher", "generator", "fake_score")
 Built = Callable[..., Any]  # a Stage
 
 
@@ -35,8 +39,8 @@ def first_velocity(stage: Stage, role: str) -> Tensor:
     return getattr(stage.roles, role).velocity(text)(x, 0.7)
 
 
-def masters(stage: Stage) -> dict[str, Tensor]:
-    engine = stage.roles.generator.engine
+def masters(stage: Stage, role: str = "generator") -> dict[str, Tensor]:
+    engine = getattr(stage.roles, role).engine
     return {name: value.clone() for name, value in engine.gather(engine.masters.pieces(MASTER))}
 
 
@@ -89,8 +93,8 @@ def shards(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str
     """How many elements of each network this rank holds, and how many there are."""
     stage = build()
     held = {}
-    for role in ("teacher", "generator", "fake_score"):
-        module = getattr(stage.roles, role).engine._engine.module
+    for role in ROLES:
+        module = getattr(stage.roles, role).engine.network.module
         parameters = list(module.parameters())
         held[role] = (
             sum(p.ds_tensor.numel() for p in parameters),
@@ -125,7 +129,7 @@ def small_steps(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dic
     for _ in range(10):
         for last in (False, True):
             engine.backward(0.5 * first_velocity(stage, "generator").square().mean(), last=last)
-        gradients = [safe_get_full_grad(p) for p in engine._engine.module.parameters() if p.requires_grad]
+        gradients = [gradient for _, gradient in whole_gradients(engine) if gradient is not None]
         whole = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
         norms.append((engine.step().grad_norm, whole))
     return {"before": before, "after": masters(stage), "updates": engine.num_updates, "norms": norms}
@@ -136,9 +140,9 @@ def closed(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str
     stage = build()
     stage.step(0)
     storages = []
-    for role in ("teacher", "generator", "fake_score"):
+    for role in ROLES:
         engine = getattr(stage.roles, role).engine
-        storages += [p.ds_tensor.untyped_storage() for p in engine._engine.module.parameters()]
+        storages += [getattr(p, "ds_tensor", p).untyped_storage() for p in engine.network.module.parameters()]
         if role != "teacher":
             storages += [
                 piece.value.untyped_storage() for pieces in engine.state().values() for piece in pieces
@@ -146,6 +150,83 @@ def closed(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str
     before = sum(storage.nbytes() for storage in storages)
     stage.close()
     return {"before": before, "after": sum(storage.nbytes() for storage in storages)}
+
+
+def one_role_alone(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """What an update of the fake score changes where all roles share a base, and what stays gathered."""
+    stage = build(HandOver(folder / "generator.pt", folder / "fake_score.pt"))
+    roles = stage.roles
+    module = roles.generator.engine.network.module
+    one_module = all(getattr(roles, role).engine.network.module is module for role in ROLES)
+    trained = {id(p) for role in ROLES[1:] for p in getattr(roles, role).engine.adapter.parameters.values()}
+    beneath = {
+        name: getattr(p, "ds_tensor", p).detach().clone()
+        for name, p in module.named_parameters()
+        if id(p) not in trained
+    }
+    before = {role: masters(stage, role) for role in ROLES[1:]}
+    with torch.no_grad():
+        velocities = {role: first_velocity(stage, role) for role in ROLES}
+    engine = roles.fake_score.engine
+    engine.backward(first_velocity(stage, "fake_score").square().mean(), last=True)
+    gathered = sum(hasattr(p, "ds_tensor") and p.data.numel() > 0 for p in module.parameters())
+    engine.step()
+    with torch.no_grad():
+        after = {role: first_velocity(stage, role) for role in ROLES}
+    return {
+        "one_module": one_module,
+        "gathered": gathered,
+        "moved": [
+            role
+            for role in ROLES[1:]
+            if any(not torch.equal(before[role][key], value) for key, value in masters(stage, role).items())
+        ],
+        "predicts_otherwise": [role for role in ROLES if not torch.equal(velocities[role], after[role])],
+        "beneath_moved": [
+            name
+            for name, p in module.named_parameters()
+            if name in beneath and not torch.equal(beneath[name], getattr(p, "ds_tensor", p))
+        ],
+        "adapters_beneath": sum("_start0" in name for name in beneath),
+    }
+
+
+def to_and_from_a_shared_base(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """Stage 2 from stage 1's files: separate engines, a shared base, and either resumed from the latter."""
+    start = HandOver(folder / "generator.pt", folder / "fake_score.pt")
+    store = CheckpointStore(folder / "checkpoints", ranks, keep=1)
+    shared = [
+        "roles.engines=shared_base",
+        *(f"roles.{role}.engine=ds_configs/zero0.json" for role in ROLES),
+    ]
+
+    def run(overrides: list[str], save: bool = False, resume: bool = False) -> dict[str, Any]:
+        stage = build(start, overrides)
+        without_rounding(stage.panel.rewards)
+        engines = {role: getattr(stage.roles, role).engine for role in ROLES[1:]}
+        metrics = []
+        if resume:
+            store.load(store.latest(), {role: engine.state() for role, engine in engines.items()})
+            for engine in engines.values():
+                engine.restored(1)
+        else:
+            metrics.append(stage.step(0).metrics)
+        if save:
+            state = {role: engine.state() for role, engine in engines.items()}
+            replicated = [role for role, engine in engines.items() if engine.masters.replicated]
+            store.save(1, state, {}, replicated)
+        metrics.append(stage.step(1).metrics)
+        result = {"metrics": metrics, "updates": [engine.num_updates for engine in engines.values()]}
+        result |= {role: masters(stage, role) for role in engines}
+        stage.close()
+        return result
+
+    return {
+        "separate": run([]),
+        "shared": run(shared, save=True),
+        "shared_resumed": run(shared, resume=True),
+        "separate_resumed": run([], resume=True),
+    }
 
 
 class Doctored:
@@ -210,6 +291,8 @@ SCENARIOS = {
         velocities,
         small_steps,
         closed,
+        one_role_alone,
+        to_and_from_a_shared_base,
         missing_scores,
         failing_scorer,
         all_missing,
@@ -219,16 +302,16 @@ SCENARIOS = {
 
 def run_case(case: dict[str, Any], ranks: Ranks) -> None:
     calls = CallLog(ranks)
-    recipe = load_recipe("recipes/dry_run.yaml", case["overrides"])
     folder, built = Path(case["folder"]), []
 
-    def build(hand_over: HandOver | None = None) -> Stage:
+    def build(hand_over: HandOver | None = None, more: Sequence[str] = ()) -> Stage:
+        recipe = load_recipe("recipes/dry_run.yaml", [*case["overrides"], *more])
         built.append(build_stage(case["stage"], recipe, ranks, calls, hand_over or HandOver()))
-        return built[0]
+        return built[-1]
 
     result = SCENARIOS[case["scenario"]](build, ranks, calls, folder)
     torch.save(result, folder / f"{ranks.rank}.pt")
-    if case["scenario"] != "closed":
+    if case["scenario"] not in ("closed", "to_and_from_a_shared_base"):
         built[0].close()
 
 

@@ -6,6 +6,7 @@ All scenarios but the one that ends the process run in one launch of two ranks.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def case(
         "stage": stage,
         "overrides": [f"model.pipeline={pipeline}", *overrides],
     }
+
+
+def shared(engine: str) -> list[str]:
+    """Overrides for roles on a shared base, which ``engine`` places."""
+    roles = ("teacher", "generator", "fake_score")
+    return [
+        "roles.engines=shared_base",
+        *(f"roles.{role}.engine=ds_configs/{engine}.json" for role in roles),
+    ]
 
 
 def launch(cases: list[dict[str, Any]], folder: Path, codes: tuple[int, ...] = (0,)) -> list[str]:
@@ -115,6 +125,31 @@ def results(
             f"roles.generator.engine=ds_configs/{engine}.json",
         )
         cases[engine] = case(root / engine, "small_steps", tiny_flux2, *overrides)
+    cases["shared_zero0"] = case(
+        root / "shared_zero0", "small_steps", tiny_flux2, *overrides, *shared("zero0")
+    )
+    cases["shared_closed"] = case(
+        root / "shared_closed", "closed", tiny_flux2, *small, *shared("tiny_frozen_zero3")
+    )
+    lora = {family: expected[f"{family}-lora"][0] for family in ("flux2", "sd3")}
+    rewards = (f"rewards=[{{name: clipscore, weights: {tiny_clip}}}]", "rtdmd.sample_batch_size=2")
+    separate = [
+        "roles.teacher.engine=ds_configs/zero0.json",
+        *(f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")),
+    ]
+    own_base = f"roles.generator.weights={tiny_flux2}/."  # the same weights, but not the same base
+    for name, scenario, family, pipeline, *more in (
+        ("two_bases", "velocities", "flux2", tiny_flux2, own_base, *shared("tiny_frozen_zero3")),
+        ("one_base", "velocities", "sd3", tiny_sd3, *shared("zero0")),
+        ("alone_zero3", "one_role_alone", "flux2", tiny_flux2, *shared("tiny_frozen_zero3")),
+        ("alone_zero0", "one_role_alone", "sd3", tiny_sd3, *shared("zero0")),
+        ("moved", "to_and_from_a_shared_base", "sd3", tiny_sd3, *separate, "rtdmd.num_sample_batches=1"),
+    ):
+        folder = root / name
+        shutil.copytree(lora[family], folder)
+        cases[name] = case(
+            folder, scenario, pipeline, f"model.family={family}", *rewards, *more, stage="rtdmd"
+        )
     for family, trains in STARTS:
         name = f"{family}-{trains}"
         pipeline = tiny_flux2 if family == "flux2" else tiny_sd3
@@ -161,7 +196,7 @@ def test_a_rank_that_waits_forever_is_named(tmp_path: Path, tiny_flux2: Path) ->
 
 def test_closed_engines_hold_no_memory(results: Results) -> None:
     """DeepSpeed's globals keep references to engines; stage 2 would start beside all of stage 1."""
-    for result in results["closed"]:
+    for result in (*results["closed"], *results["shared_closed"]):
         assert result["before"] > 0 and result["after"] == 0
 
 
@@ -187,7 +222,47 @@ def test_stage_two_starts_from_what_stage_one_trained(
             assert float(result["zeroed"].abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("case_name", "family"), [("two_bases", "flux2"), ("one_base", "sd3")])
+def test_stage_two_on_shared_bases_starts_from_what_stage_one_trained(
+    case_name: str, family: str, results: Results, expected: dict[str, tuple[Path, dict[str, Tensor]]]
+) -> None:
+    """On one base its adapters stay unmerged; a generator that is alone on its own has them merged."""
+    for result in results[case_name]:
+        for role, velocity in expected[f"{family}-lora"][1].items():
+            torch.testing.assert_close(result[role], velocity, rtol=1e-4, atol=1e-5)
+        assert torch.equal(result["restored"], result["generator"])
+        torch.testing.assert_close(result["zeroed"], result["generator"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case_name", ["alone_zero0", "alone_zero3"])
+def test_a_role_on_a_shared_base_moves_alone(case_name: str, results: Results) -> None:
+    for result in results[case_name]:
+        assert result["one_module"] and result["adapters_beneath"] > 0
+        assert result["moved"] == result["predicts_otherwise"] == ["fake_score"]
+        assert result["beneath_moved"] == []  # neither the base nor stage 1's adapters
+        assert result["gathered"] == 0
+
+
+def test_a_run_moves_to_a_shared_base_and_back(results: Results) -> None:
+    """Stage 2 from stage 1's files: separate engines that merge them under ZeRO-2 and a shared base beneath
+    which they stay differ by rounding, resumed and straight on the shared base by nothing."""
+    for result in results["moved"]:
+        straight = result["shared"]
+        assert all(each["updates"] == [2, 2] for each in result.values())
+        assert result["shared_resumed"]["metrics"] == straight["metrics"][1:]
+        for role in ("generator", "fake_score"):
+            for key, value in straight[role].items():
+                assert torch.equal(result["shared_resumed"][role][key], value)
+                for other in ("separate", "separate_resumed"):
+                    torch.testing.assert_close(result[other][role][key], value, rtol=1e-3, atol=1e-5)
+        for step, metrics in enumerate(straight["metrics"]):
+            for key, value in metrics.items():
+                assert result["separate"]["metrics"][step][key] == pytest.approx(value, rel=1e-3, abs=1e-6), (
+                    key
+                )
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "shared_zero0"])
 def test_masters_are_float32_where_networks_compute_in_bfloat16(engine: str, results: Results) -> None:
     """A's entries are about 1/8, where bfloat16 steps by 5e-4 or 1e-3. Ten steps of 1e-5 leave a bfloat16
     weight where it was; float32 masters have moved by about 1e-4. The reported

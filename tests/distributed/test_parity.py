@@ -43,7 +43,8 @@ class Case:
     @property
     def problem(self) -> tuple[str, str, str, int, tuple[str, ...]]:
         """What the mathematics depends on; cases that share it must agree."""
-        layout = ("micro_batch", "checkpointing", ".compile=", "teacher.engine", "text_enc", "prompt_emb")
+        layout = ("micro_batch", "checkpointing", ".compile=", "teacher.engine", "roles.engines")
+        layout += ("text_encoder", "prompt_embeddings")
         problem = tuple(item for item in self.extra if not any(part in item for part in layout))
         return self.stage, self.family, self.trains, self.steps, problem
 
@@ -68,6 +69,13 @@ ACCUMULATED = ("cold_start.micro_batch_size=1", "rtdmd.micro_batch_size=1")
 MATCHING = ("rtdmd.distribution_matching_weight=1000", "rtdmd.reward_backprop.weight=0")
 HINGE = ("rtdmd.distribution_matching_weight=0", "rtdmd.reward_backprop.weight=1000")
 
+
+def shared(stage: str, family: str = "flux2", engine: str = "zero0", **more: Any) -> Case:
+    """All three roles on one base, which ``engine`` places."""
+    extra = ("roles.engines=shared_base", f"roles.teacher.engine=ds_configs/{engine}.json")
+    return Case(stage, family, engine=engine, extra=(*more.pop("extra", ()), *extra), **more)
+
+
 CASES = [
     *(
         Case(stage, family, trains, steps=3, extra=ACCUMULATED)
@@ -85,6 +93,10 @@ CASES = [
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero1", "zero2", "zero3_offload")),
     *(Case("rtdmd", engine=engine) for engine in ("zero0", "zero2")),
     Case("cold_start", trains="full", engine="zero2"),
+    shared("cold_start", extra=PLAIN_LAYOUT[:1]),
+    shared("rtdmd", "sd3", steps=3, extra=ACCUMULATED),
+    shared("cold_start", "sd3", "tiny_frozen_zero3", steps=3, extra=ACCUMULATED),
+    shared("rtdmd", engine="tiny_frozen_zero3", extra=SELECTIVE[1:]),
 ]
 
 
@@ -206,6 +218,9 @@ COMPILED_CASES = [
     Case("cold_start", family, engine=engine, extra=COMPILED)
     for family in ("flux2", "sd3")
     for engine in ("zero0", "zero2")
+] + [
+    Case("cold_start", family, engine="zero0", extra=(*COMPILED, "roles.engines=shared_base"))
+    for family in ("flux2", "sd3")
 ]
 
 
@@ -224,7 +239,11 @@ def test_compiled_blocks_equal_plain_pytorch(
 def test_one_rank_equals_two(
     two_ranks: Results, tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path
 ) -> None:
-    cases = [Case("cold_start", extra=PLAIN_LAYOUT), Case("rtdmd", extra=PLAIN_LAYOUT)]
+    cases = [
+        Case("cold_start", extra=PLAIN_LAYOUT),
+        Case("rtdmd", extra=PLAIN_LAYOUT),
+        shared("cold_start", extra=PLAIN_LAYOUT[:1]),
+    ]
     one_rank = compute(cases, 1, tmp_path, pipelines, tiny_clip)
     for case in cases:
         assert_equal(two_ranks[case.name, 2], one_rank[case.name, 1])

@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.engine import Step, TrainedEngine
 from rtdmd.distributed.guard import CallLog
+from rtdmd.distributed.shared import AdapterEngine
 from rtdmd.recipe import load_recipe
-from rtdmd.stages.assemble import HandOver, build_stage
+from rtdmd.stages.assemble import build_stage
+from rtdmd.stages.networks import HandOver
 from rtdmd.stages.rtdmd import Rtdmd
 from tests.distributed.reference import without_rounding
+
+
+def whole_gradients(engine: TrainedEngine) -> Iterator[tuple[str, Tensor | None]]:
+    """Collective: the reduced gradient of everything that trains, between backward and step."""
+    if isinstance(engine, AdapterEngine):
+        yield from engine.adapter.views(engine.adapter.gradient).items()
+        return
+    for name, parameter in engine.network.module.named_parameters():
+        if parameter.requires_grad:
+            yield name, safe_get_full_grad(parameter)
 
 
 def record_gradients(engine: TrainedEngine, into: list[Any]) -> None:
@@ -27,13 +41,10 @@ def record_gradients(engine: TrainedEngine, into: list[Any]) -> None:
     step = engine.step
 
     def recording_step() -> Step:
-        module = engine._engine.module
         gradients = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                gradient = safe_get_full_grad(parameter)
-                shape = engine.shape(name)
-                gradients[name] = torch.zeros(shape) if gradient is None else gradient.clone().view(shape)
+        for name, gradient in whole_gradients(engine):
+            shape = engine.shape(name)
+            gradients[name] = torch.zeros(shape) if gradient is None else gradient.clone().view(shape)
         into.append((engine.name, gradients))
         return step()
 

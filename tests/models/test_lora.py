@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft.tuners import lora
 from torch import Tensor
 from worlds import World
 
-from rtdmd.models.lora import PlainLora, attach_adapter
+from rtdmd.models.lora import AdapterSelection, PlainLora, adapter_parameters, attach_adapter
 from tests.lora_files import load_transformer
 
 RANK = 4
@@ -53,6 +55,46 @@ def test_another_scale_differs_by_rounding(world: World, monkeypatch: pytest.Mon
     torch.testing.assert_close(velocity, pefts_velocity)
     for one, other in zip(found, pefts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_selected_adapters_add_up(world: World) -> None:
+    """None is the base alone; two are what peft computes with both active."""
+    network: Any = load_transformer(world.folder, world.family.name)
+    text = world.family.encode_prompts(["a red circle", "two dogs"])
+
+    def velocity() -> Tensor:
+        with torch.no_grad():
+            return world.family.predict_velocity(network, world.latents(2), 0.8, text)
+
+    base = velocity()
+    for name, rank in (("one", 4), ("other", 2)):
+        attach_adapter(network, rank, 2.0 * RANK, world.family.lora_targets, name)
+    selection = AdapterSelection()
+    selection.govern(network)
+    with torch.no_grad():
+        for key, parameter in network.named_parameters():
+            if ".lora_" in key:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(key)))
+    assert torch.equal(velocity(), base)
+    with selection.using(("one", "other")):
+        both = velocity()
+    assert torch.equal(velocity(), base)
+    network.set_adapter(["one", "other"])
+    for module in network.modules():
+        if isinstance(module, PlainLora):
+            module.__class__ = lora.Linear
+    torch.testing.assert_close(both, velocity(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapters_parameters_have_the_names_of_an_only_one(world: World) -> None:
+    alone, beside = (load_transformer(world.folder, world.family.name) for _ in range(2))
+    attach_adapter(alone, RANK, 8.0, world.family.lora_targets)
+    for name in ("default_start", "fake_score"):
+        attach_adapter(beside, RANK, 8.0, world.family.lora_targets, name)
+    trained = [key for key, parameter in alone.named_parameters() if parameter.requires_grad]
+    assert list(adapter_parameters(alone)) == list(adapter_parameters(beside, "fake_score")) == trained
+    assert len(adapter_parameters(beside, "default_start")) == len(trained)
+    assert not adapter_parameters(beside)
 
 
 def test_a_merged_adapter_is_not_added_again(world: World) -> None:

@@ -15,6 +15,7 @@ from rtdmd.recipe.checks_arithmetic import FAMILY_SIGMAS, groups_fit
 
 Write = Callable[..., Path]
 BOTH = ("cold_start", "rtdmd")
+ROLES = ("teacher", "generator", "fake_score")
 
 
 def check(path: Path, *overrides: str, world_size: int = 4, stages: Sequence[str] = BOTH) -> None:
@@ -381,7 +382,7 @@ def test_engine_files(
 def test_a_shared_engine_file_is_reported_once(write_recipe: Write, tmp_path: Path) -> None:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps({**ZERO3, "amp": {}}))
-    roles = [f"roles.{role}.engine={path}" for role in ("teacher", "generator", "fake_score")]
+    roles = [f"roles.{role}.engine={path}" for role in ROLES]
     assert "roles.teacher.engine" in the_fault(write_recipe(), *roles)
 
 
@@ -394,6 +395,56 @@ def test_compiled_blocks_are_not_for_zero_3(write_recipe: Write) -> None:
     recipe = write_recipe()
     line = the_fault(recipe, "roles.generator.engine=ds_configs/zero3.json", "roles.generator.compile=blocks")
     assert "roles.generator.compile" in line and "use ZeRO 0 to 2" in line
+
+
+SHARED = (
+    "roles.engines=shared_base",
+    *(f"roles.{role}.engine=ds_configs/zero0.json" for role in ROLES),
+)
+
+
+def test_a_shared_base_may_be_replicated_or_in_shards(write_recipe: Write) -> None:
+    check(write_recipe(), *SHARED)
+    zero3 = [item.replace("zero0", "frozen_zero3") for item in SHARED]
+    check(write_recipe(), *zero3)
+    check(write_recipe(), *SHARED, *(f"roles.{role}.compile=blocks" for role in ROLES))
+    # A generator with weights of its own has a base of its own, placed and compiled as its section says.
+    own = ("roles.generator.weights=owner/klein", "roles.generator.compile=blocks")
+    check(write_recipe(), *zero3, *own, "roles.generator.engine=ds_configs/zero0.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "roles.fake_score.trains=full",
+            "roles.fake_score.trains = 'full': a shared base stays as it is; write lora, or roles.engines",
+        ),
+        (
+            "roles.generator.engine=ds_configs/frozen_zero3.json",
+            "roles.generator.engine = 'ds_configs/frozen_zero3.json': roles.teacher.engine is "
+            "ds_configs/zero0.json, but generator and teacher share the base owner/pipeline; write "
+            "ds_configs/zero0.json",
+        ),
+        (
+            "roles.fake_score.compile=blocks",
+            "roles.teacher.compile is none, but fake_score and teacher share",
+        ),
+    ],
+)
+def test_what_roles_on_a_shared_base_must_agree_on(write_recipe: Write, override: str, words: str) -> None:
+    assert words in the_fault(write_recipe(), *SHARED, override)
+
+
+def test_engines_that_a_shared_base_cannot_have(write_recipe: Write) -> None:
+    def of_all(name: str) -> list[str]:
+        return faults(write_recipe(), *(item.replace("zero0", name) for item in SHARED))
+
+    assert all("ZeRO stage 2 shards optimizer state" in line for line in of_all("zero2"))
+    assert all("offload_optimizer has nothing to offload" in line for line in of_all("zero3_offload"))
+    check(write_recipe(), *(item.replace("zero0", "frozen_zero3_offload") for item in SHARED))
+    with pytest.raises(UserError, match=r"one of separate, shared_base, .*did you mean 'shared_base'"):
+        check(write_recipe(), "roles.engines=shared-base")
 
 
 def test_a_misspelt_engine_file_gets_the_nearest(write_recipe: Write) -> None:
