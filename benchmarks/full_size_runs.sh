@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Training steps at true size, one GPU:  bash benchmarks/full_size_runs.sh OUT CASE…
-# JSON and what the processes say in OUT/CASE.*; cases below. PROCESSES=2 starts a case on two GPUs.
+# JSON and what the processes say in OUT/CASE.*; cases below. PROCESSES=2 starts a case on two GPUs; STEPS says how
+# many are measured.
 set -uo pipefail
 out=$1
 shift
@@ -9,11 +10,15 @@ mkdir -p "$out"
 
 replicated=(roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
   roles.fake_score.engine=ds_configs/zero2.json)
+shared=(roles.engines=shared_base roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero0.json
+  roles.fake_score.engine=ds_configs/zero0.json)
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
 recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
-short=(--stops 1 4 --steps 8 --warmup 2 --phase-steps 1 --no-save)
-# 12 pictures in 2 batches of 6, clipscore alone, sub-batches of 2: what FACTS' published code was timed with.
-rtdmd=(--stage rtdmd --steps 8 --warmup 2 --phase-steps 1 --no-save "rewards=[{name: clipscore}]"
+# The time of an iteration is linear in the stop index: 1 and 4 have the mean of 1 to 4.
+steps=(--steps "${STEPS:-8}" --warmup 2 --phase-steps 1 --no-save)
+short=(--stops 1 4 "${steps[@]}")
+# 12 pictures in 2 batches of 6, clipscore alone: what the published code was timed with.
+rtdmd=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]"
   rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
 
 run() { # NAME arguments of train_step …
@@ -39,6 +44,9 @@ for name in "$@"; do
     baseline) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" --baseline ;;
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
+    cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.batch_size=9 cold_start.micro_batch_size=9 "${short[@]}" ;;
     *) echo "$name: no such case" >&2 ;;
   esac

@@ -95,7 +95,7 @@ def instrument(stage: Stage, ema: Ema, clock: PhaseClock) -> None:
         clock.wrap(engine, "step", f"{label}: optimizer")
     clock.wrap(ema, "update", "EMA")
     if isinstance(stage, ColdStart):
-        clock.wrap(stage, "_rollout", "rollout")
+        clock.wrap(stage, "_steps", "rollout")
         return
     clock.wrap(stage, "_roll_out", "rollout")
     clock.wrap(stage, "_policy_term", "generator: policy, forward")

@@ -29,7 +29,7 @@ from rtdmd.models.blocks import blocks_of
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.randomness import Draws
 from rtdmd.recipe.schema import OptimizerSection, Recipe
-from rtdmd.rollout import VelocityFn, rollout
+from rtdmd.rollout import Trajectory, VelocityFn, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, AmbientSettings, Samples
 
 Wrapper = Literal["ddp", "fsdp"]
@@ -160,15 +160,21 @@ class PublishedStyle:
         def noise(name: str) -> Tensor:
             return self._draws.normal(step, name, indices, self._shape, self._device)
 
-        trajectory = rollout(
-            self._velocity(self._generator, text),
-            noise("initial"),
-            self._sigmas,
-            self._recipe.schedule.eta,
-            lambda index: noise(f"transition{index}"),
-            num_steps=stop,
-            grad_last=grad_last,
-        )
+        def steps(state: Tensor, first: int, count: int) -> Trajectory:
+            return rollout(
+                self._velocity(self._generator, text),
+                state,
+                self._sigmas,
+                self._recipe.schedule.eta,
+                lambda index: noise(f"transition{index}"),
+                first=first,
+                num_steps=count,
+            )
+
+        with torch.no_grad():
+            before = steps(noise("initial"), 0, stop - 1)
+        with torch.set_grad_enabled(grad_last):
+            trajectory = steps(before.final, stop - 1, 1)
         return Samples(trajectory.final, trajectory.final_sigma, step, indices)
 
     def _update(self, name: str, loss: Tensor) -> None:

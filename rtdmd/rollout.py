@@ -34,7 +34,7 @@ class FewSteps:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """States x_0 … x_k at noise levels sigmas[0] … sigmas[k], and the velocity at each step taken."""
+    """States before, between and after steps, their noise levels, and the velocity at each step taken."""
 
     sigmas: list[float]
     states: list[Tensor]
@@ -51,30 +51,29 @@ class Trajectory:
 
 def rollout(
     velocity: VelocityFn,
-    noise: Tensor,
+    state: Tensor,
     sigmas: Sequence[float],
     eta: float,
     step_noise: StepNoise,
+    *,
+    first: int = 0,
     num_steps: int | None = None,
-    grad_last: bool = False,
 ) -> Trajectory:
-    """Run the first ``num_steps`` (all) few-step transitions from pure ``noise``.
+    """Run ``num_steps`` (all that are left) few-step transitions from ``state``, where step ``first`` begins.
 
-    ``sigmas`` are the schedule's noise levels without the final 0. Nothing carries gradient,
-    except the last executed step where ``grad_last`` asks for it: x_k is then differentiable in
-    the network, x_{k−1} and earlier are constants. The transition to sigma = 0 is deterministic.
+    ``sigmas`` are the whole schedule's noise levels without the final 0; at step 0 the state is pure noise.
+    Gradients are the caller's to switch off. The transition to sigma = 0 is deterministic.
     """
     levels = [*sigmas, 0.0]
-    count = len(sigmas) if num_steps is None else num_steps
-    states, velocities = [noise.float()], []
-    for i in range(count):
-        with torch.set_grad_enabled(grad_last and i == count - 1):
-            v = velocity(states[-1], levels[i])
-            # eta of a transition to 0 has no effect, its noise is multiplied by 0.
-            drawn = step_noise(i) if levels[i + 1] > 0 else torch.zeros_like(states[-1])
-            states.append(cps_step(states[-1], v, levels[i], levels[i + 1], eta, drawn))
+    end = len(sigmas) if num_steps is None else first + num_steps
+    states, velocities = [state.float()], []
+    for i in range(first, end):
+        v = velocity(states[-1], levels[i])
+        # eta of a transition to 0 has no effect, its noise is multiplied by 0.
+        drawn = step_noise(i) if levels[i + 1] > 0 else torch.zeros_like(states[-1])
+        states.append(cps_step(states[-1], v, levels[i], levels[i + 1], eta, drawn))
         velocities.append(v.detach())
-    return Trajectory(levels[: count + 1], states, velocities)
+    return Trajectory(levels[first : end + 1], states, velocities)
 
 
 @torch.no_grad()

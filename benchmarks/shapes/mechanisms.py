@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
+from rtdmd.flow import renoise
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe
 from rtdmd.stages.ac_dmd import Samples
@@ -90,15 +91,13 @@ def _probe(stage: ColdStart, iteration: int) -> Tensor:
     """The fake score's velocity where its loss evaluates it, on fresh samples of the generator."""
     velocities = []
     for stop in range(1, len(stage.few.sigmas) + 1):
-        (micro,) = stage._micro_batches(iteration)
-        trajectory = stage._rollout(iteration, "probe", micro, stop, grad_last=False)
-        samples = Samples(trajectory.final, trajectory.final_sigma, iteration, micro.indices)
+        batch = stage._batch(iteration)
+        trajectory = stage._rollout(iteration, "probe", batch, stop)
+        samples = Samples(trajectory.final, trajectory.final_sigma, iteration, batch.indices)
         matching = stage._matching
         t = matching._sigma_t(samples, "probe/t")
-        from rtdmd.flow import renoise
-
         x_t = renoise(samples.states, matching._noise(samples, "probe/noise"), samples.sigma, t)
-        velocities.append(stage.roles.fake_score.velocity(micro.text)(x_t, t))
+        velocities.append(stage.roles.fake_score.velocity(batch.text)(x_t, t))
     return torch.stack(velocities)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
@@ -20,11 +21,17 @@ from rtdmd.stages.texts import PromptTexts
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Prompts of one micro-batch, with their global sample indices."""
+class Batch:
+    """This rank's prompts of an iteration, with their global sample indices."""
 
     indices: list[int]
     text: TextEmbeddings
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.indices[part], self.text[part])
 
 
 class ColdStart:
@@ -59,7 +66,7 @@ class ColdStart:
     def step(self, iteration: int) -> StepReport:
         """Iteration 0, 1, …"""
         means = Means()
-        batch = self._micro_batches(iteration)
+        batch = self._batch(iteration)
         fake = self._update_fake_score(iteration, batch, means)
         updates_generator = (iteration + 1) % self.settings.generator_every == 0
         norms = {"fake_score/grad_norm": fake}
@@ -79,60 +86,73 @@ class ColdStart:
     def restore(self, state: dict[str, Any]) -> None:
         """There is nothing to take up."""
 
-    def _update_fake_score(self, iteration: int, batch: list[MicroBatch], means: Means) -> float:
+    def _update_fake_score(self, iteration: int, batch: Batch, means: Means) -> float:
         """The fake score learns the distribution of what the generator paints now."""
         stop = self.draws.integer(iteration, "fake/stop", 1, len(self.few.sigmas))
-        fake = self.roles.fake_score
-        for number, micro in enumerate(batch):
-            trajectory = self._rollout(iteration, "fake", micro, stop, grad_last=False)
-            samples = Samples(trajectory.final, trajectory.final_sigma, iteration, micro.indices)
-            loss, parts = self._matching.fake_score_loss(fake.velocity(micro.text), samples)
-            fake.engine.backward(loss / len(batch), last=number == len(batch) - 1)
-            means.add("fake_score", parts | {"loss": loss})
+        with torch.no_grad():
+            reached = self._rollout(iteration, "fake", batch, stop)
+        fake, parts = self.roles.fake_score, self._parts(batch)
+        for part in parts:
+            micro = batch[part]
+            samples = Samples(reached.final[part], reached.final_sigma, iteration, micro.indices)
+            loss, terms = self._matching.fake_score_loss(fake.velocity(micro.text), samples)
+            fake.engine.backward(loss / len(parts), last=part == parts[-1])
+            means.add("fake_score", terms | {"loss": loss})
         return fake.engine.step().grad_norm
 
-    def _update_generator(self, iteration: int, batch: list[MicroBatch], means: Means) -> float:
-        """The generator follows teacher minus fake score, on the same prompts."""
+    def _update_generator(self, iteration: int, batch: Batch, means: Means) -> float:
+        """The generator follows teacher minus fake score, on the same prompts.
+
+        Of a rollout the last step alone carries gradient.
+        """
         stop = self.draws.integer(iteration, "generator/stop", 1, len(self.few.sigmas))
+        with torch.no_grad():
+            reached = self._rollout(iteration, "generator", batch, stop - 1)
         teacher, fake, generator = self.roles.teacher, self.roles.fake_score, self.roles.generator
-        for number, micro in enumerate(batch):
-            trajectory = self._rollout(iteration, "generator", micro, stop, grad_last=True)
-            samples = Samples(trajectory.final, trajectory.final_sigma, iteration, micro.indices)
+        parts = self._parts(batch)
+        for part in parts:
+            micro = batch[part]
+            last = self._steps(iteration, "generator", micro, reached.final[part], stop - 1, stop)
+            samples = Samples(last.final, last.final_sigma, iteration, micro.indices)
             loss = self._matching.generator_loss(
                 teacher.velocity(micro.text), fake.velocity(micro.text), samples
             )
-            generator.engine.backward(loss / len(batch), last=number == len(batch) - 1)
+            generator.engine.backward(loss / len(parts), last=part == parts[-1])
             means.add("generator", {"distribution_matching": loss})
         return generator.engine.step().grad_norm
 
-    def _rollout(
-        self, iteration: int, purpose: str, micro: MicroBatch, stop: int, grad_last: bool
-    ) -> Trajectory:
-        def noise(name: str) -> Tensor:
-            shape, device = self.few.latent_shape, self._ranks.device
-            return self.draws.normal(iteration, f"{purpose}/{name}", micro.indices, shape, device)
+    def _rollout(self, iteration: int, purpose: str, batch: Batch, stop: int) -> Trajectory:
+        """Steps 0 … stop − 1 of the whole batch, at once: without gradient they need little memory."""
+        initial = self._noise(iteration, f"{purpose}/initial", batch)
+        return self._steps(iteration, purpose, batch, initial, 0, stop)
 
+    def _steps(
+        self, iteration: int, purpose: str, batch: Batch, state: Tensor, first: int, stop: int
+    ) -> Trajectory:
         # Cut off after its last step, the schedule leads to the clean picture that this step predicts.
         sigmas = self.few.sigmas if self.settings.sub_interval else self.few.sigmas[:stop]
         return rollout(
-            self.roles.generator.velocity(micro.text),
-            noise("initial"),
+            self.roles.generator.velocity(batch.text),
+            state,
             sigmas,
             self.few.eta,
-            lambda step: noise(f"transition{step}"),
-            num_steps=stop,
-            grad_last=grad_last,
+            lambda step: self._noise(iteration, f"{purpose}/transition{step}", batch),
+            first=first,
+            num_steps=stop - first,
         )
 
-    def _micro_batches(self, iteration: int) -> list[MicroBatch]:
-        """This rank's prompts of the iteration; sample m·W·b + rank·b + i for micro-batch m of b."""
-        size = self.settings.micro_batch_size or self.settings.batch_size
-        world, rank = self._ranks.world_size, self._ranks.rank
-        batches = []
-        for number in range(self.settings.batch_size // size):
-            first = (number * world + rank) * size
-            indices = list(range(first, first + size))
-            offset = iteration * self.settings.batch_size * world
-            text = self.texts([self._order.index(offset + index) for index in indices])
-            batches.append(MicroBatch(indices, text))
-        return batches
+    def _noise(self, iteration: int, purpose: str, batch: Batch) -> Tensor:
+        return self.draws.normal(iteration, purpose, batch.indices, self.few.latent_shape, self._ranks.device)
+
+    def _batch(self, iteration: int) -> Batch:
+        """Samples rank·B … rank·B + B − 1 of the iteration's, for a batch size of B."""
+        size, world = self.settings.batch_size, self._ranks.world_size
+        first = self._ranks.rank * size
+        indices = list(range(first, first + size))
+        offset = iteration * size * world
+        return Batch(indices, self.texts([self._order.index(offset + index) for index in indices]))
+
+    def _parts(self, batch: Batch) -> list[slice]:
+        """The batch in micro-batches."""
+        size = self.settings.micro_batch_size or len(batch)
+        return [slice(start, start + size) for start in range(0, len(batch), size)]
