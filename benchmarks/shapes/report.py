@@ -35,7 +35,11 @@ NUM_SHIPPED = 256
 NUM_SHOWN = 8
 ZOOM = 2
 # Guidance is the best on validation captions at each number of steps: data/shapes/measures.json.
-TEACHERS = {"teacher, 50 steps": euler(50, 3.0), "teacher, 4 steps": euler(4, 2.0)}
+TEACHERS = {
+    "teacher, 50 steps": euler(50, 3.0),
+    "teacher, 4 steps": euler(4, 2.0),
+    "teacher, 4 steps, unguided": euler(4, 1.0),  # as many network evaluations as a student's
+}
 
 
 @dataclass(frozen=True)

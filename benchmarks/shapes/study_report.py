@@ -98,7 +98,7 @@ def outcomes_figure(outcomes: dict[str, Values], path: Path) -> None:
             values = [value * scale for value in outcomes[name][key]]
             axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
             axis.plot([place - 0.25, place + 0.25], [mean(values)] * 2, color="tab:blue")
-        for name, style in zip(TEACHERS, ("-", "--"), strict=True):
+        for name, style in zip(TEACHERS, ("-", "--", ":"), strict=True):
             if name in outcomes:
                 axis.axhline(mean(outcomes[name][key]) * scale, color="gray", linestyle=style, label=name)
         axis.set_xticks(range(len(names)))
