@@ -65,6 +65,8 @@ class ModelFamily(Protocol):
     lora_targets: ClassVar[tuple[str, ...]]  # suffixes of module names, as peft's target_modules
     block_lists: ClassVar[tuple[str, ...]]  # the transformer's ModuleLists of blocks, in order of execution
 
+    vae: Any  # of the pipeline's own class; its decoder's activations are recomputed in backward
+
     @property
     def text_encoders(self) -> Sequence[nn.Module]:
         """The networks that :meth:`encode_prompts` calls."""

@@ -160,6 +160,7 @@ class RewardBackpropSection:
     standardize: bool = False  # (r - mean)/std of each reward before the weighted sum and the margin
     statistics_decay: float = 0.9  # of these means and stds, per epoch
     micro_batch_size: int = 1  # pictures whose decoder and reward graphs exist at once
+    recompute_decoder: bool = True  # false: keeps the decoder's activations, faster and of twice the size
 
 
 @dataclass(frozen=True)

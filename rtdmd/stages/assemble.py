@@ -110,6 +110,8 @@ def build_stage(
             encoder.free()
     if isinstance(settings, ColdStartSection):
         return ColdStart(roles, family, prompts, texts, steps, matching, draws, settings, ranks)
+    if not recipe.rtdmd.reward_backprop.recompute_decoder:
+        family.vae.disable_gradient_checkpointing()
     panel = _build_panel(recipe, family, ranks, calls, loaders)
     return Rtdmd(roles, family, prompts, texts, panel, steps, matching, draws, settings, ranks)
 

@@ -62,16 +62,21 @@ class ColdStart:
         self._matching = matching
         self.draws = draws
         self._ranks = ranks
+        self._ahead: dict[int, Batch] = {}  # the next iteration's
 
     def step(self, iteration: int) -> StepReport:
         """Iteration 0, 1, …"""
         means = Means()
-        batch = self._batch(iteration)
-        fake = self._update_fake_score(iteration, batch, means)
+        batch = self._ahead.pop(iteration, None) or self._batch(iteration)
         updates_generator = (iteration + 1) % self.settings.generator_every == 0
-        norms = {"fake_score/grad_norm": fake}
+        self._train_fake_score(iteration, batch, means)
+        if not updates_generator:
+            self._encode_ahead(iteration + 1)
+        norms = {"fake_score/grad_norm": self.roles.fake_score.engine.step().grad_norm}
         if updates_generator:
-            norms["generator/grad_norm"] = self._update_generator(iteration, batch, means)
+            self._train_generator(iteration, batch, means)
+            self._encode_ahead(iteration + 1)
+            norms["generator/grad_norm"] = self.roles.generator.engine.step().grad_norm
         notices = self.roles.after_step(updates_generator)
         return StepReport(means.read(self._ranks) | norms, updates_generator, notices)
 
@@ -86,8 +91,8 @@ class ColdStart:
     def restore(self, state: dict[str, Any]) -> None:
         """There is nothing to take up."""
 
-    def _update_fake_score(self, iteration: int, batch: Batch, means: Means) -> float:
-        """The fake score learns the distribution of what the generator paints now."""
+    def _train_fake_score(self, iteration: int, batch: Batch, means: Means) -> None:
+        """Gradients by which the fake score learns the distribution of what the generator paints now."""
         stop = self.draws.integer(iteration, "fake/stop", 1, len(self.few.sigmas))
         with torch.no_grad():
             reached = self._rollout(iteration, "fake", batch, stop)
@@ -98,10 +103,9 @@ class ColdStart:
             loss, terms = self._matching.fake_score_loss(fake.velocity(micro.text), samples)
             fake.engine.backward(loss / len(parts), last=part == parts[-1])
             means.add("fake_score", terms | {"loss": loss})
-        return fake.engine.step().grad_norm
 
-    def _update_generator(self, iteration: int, batch: Batch, means: Means) -> float:
-        """The generator follows teacher minus fake score, on the same prompts.
+    def _train_generator(self, iteration: int, batch: Batch, means: Means) -> None:
+        """Gradients by which the generator follows teacher minus fake score, on the same prompts.
 
         Of a rollout the last step alone carries gradient.
         """
@@ -119,7 +123,6 @@ class ColdStart:
             )
             generator.engine.backward(loss / len(parts), last=part == parts[-1])
             means.add("generator", {"distribution_matching": loss})
-        return generator.engine.step().grad_norm
 
     def _rollout(self, iteration: int, purpose: str, batch: Batch, stop: int) -> Trajectory:
         """Steps 0 … stop − 1 of the whole batch, at once: without gradient they need little memory."""
@@ -143,6 +146,14 @@ class ColdStart:
 
     def _noise(self, iteration: int, purpose: str, batch: Batch) -> Tensor:
         return self.draws.normal(iteration, purpose, batch.indices, self.few.latent_shape, self._ranks.device)
+
+    def _encode_ahead(self, iteration: int) -> None:
+        """Have the next iteration's prompts encoded: the optimizer's step, to follow, waits for the device.
+
+        The host's part of encoding, which is most of it, then passes while the device is at a backward.
+        """
+        if iteration < self.num_steps:
+            self._ahead = {iteration: self._batch(iteration)}
 
     def _batch(self, iteration: int) -> Batch:
         """Samples rank·B … rank·B + B − 1 of the iteration's, for a batch size of B."""

@@ -43,7 +43,14 @@ class Case:
     @property
     def problem(self) -> tuple[str, str, str, int, tuple[str, ...]]:
         """What the mathematics depends on; cases that share it must agree."""
-        layout = ("micro_batch", "checkpointing", ".compile=", "teacher.engine", "roles.engines")
+        layout = (
+            "micro_batch",
+            "checkpointing",
+            "recompute_decoder",
+            ".compile=",
+            "teacher.engine",
+            "roles.engines",
+        )
         layout += ("text_encoder", "prompt_embeddings")
         problem = tuple(item for item in self.extra if not any(part in item for part in layout))
         return self.stage, self.family, self.trains, self.steps, problem
@@ -67,7 +74,11 @@ COMPILED = (
 ACCUMULATED = ("cold_start.micro_batch_size=1", "rtdmd.micro_batch_size=1")
 # Policy, matching and hinge gradients differ by orders of magnitude; each has a case that it dominates.
 MATCHING = ("rtdmd.distribution_matching_weight=1000", "rtdmd.reward_backprop.weight=0")
-HINGE = ("rtdmd.distribution_matching_weight=0", "rtdmd.reward_backprop.weight=1000")
+HINGE = (
+    "rtdmd.distribution_matching_weight=0",
+    "rtdmd.reward_backprop.weight=1000",
+    "rtdmd.reward_backprop.recompute_decoder=false",
+)
 
 
 def shared(stage: str, family: str = "flux2", engine: str = "zero0", **more: Any) -> Case:
