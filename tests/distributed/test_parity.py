@@ -8,7 +8,7 @@ gradients into whole steps. Rewards see unrounded pictures (reference.py says wh
 from __future__ import annotations
 
 import json
-import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.stage, self.family, self.trains, self.engine, *self.extra]
-        return "-".join(re.sub(r"[./=]", "_", part) for part in parts)
+        """Also a file's, which has 255 letters at most."""
+        extra = zlib.crc32(" ".join(self.extra).encode())
+        return f"{self.stage}-{self.family}-{self.trains}-{self.engine}-{extra:08x}"
 
     @property
     def problem(self) -> tuple[str, str, str, int, tuple[str, ...]]:
