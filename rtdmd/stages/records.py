@@ -12,14 +12,25 @@ from rtdmd.stages.rewarding import Captions
 
 
 @dataclass(frozen=True)
+class SharedTexts:
+    """Embeddings of an epoch's distinct prompts, and each prompt's row."""
+
+    text: TextEmbeddings
+    rows: dict[int, int]
+
+    def of(self, prompt_ids: list[int]) -> TextEmbeddings:
+        """One row for each of the samples' prompts."""
+        return self.text[[self.rows[prompt] for prompt in prompt_ids]]
+
+
+@dataclass(frozen=True)
 class Record:
     """What a rollout leaves behind for training, of B samples."""
 
     indices: list[int]  # global sample indices of the epoch
     prompt_ids: list[int]
     captions: Captions
-    text: TextEmbeddings  # of the distinct prompts
-    text_rows: list[int]  # each sample's row in `text`
+    texts: SharedTexts
     trajectory: Trajectory
     log_probs: dict[int, Tensor]  # rollout log-probability of each drawn step, [B]
 
@@ -29,8 +40,7 @@ class Record:
             self.indices[part],
             self.prompt_ids[part],
             self.captions[part],
-            self.text,
-            self.text_rows[part],
+            self.texts,
             Trajectory(moving.sigmas, [x[part] for x in moving.states], [v[part] for v in moving.velocities]),
             {step: value[part] for step, value in self.log_probs.items()},
         )
@@ -43,7 +53,7 @@ class Record:
 
     @property
     def sample_text(self) -> TextEmbeddings:
-        return self.text[self.text_rows]
+        return self.texts.of(self.prompt_ids)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rtdmd.rollout import FewSteps, Trajectory, rollout
 from rtdmd.stages.ac_dmd import AmbientMatching, Samples
 from rtdmd.stages.alarms import HackingAlarms
 from rtdmd.stages.metrics import Means, StepReport
-from rtdmd.stages.records import Record, Weighted
+from rtdmd.stages.records import Record, SharedTexts, Weighted
 from rtdmd.stages.rewarding import Captions, RewardPanel
 from rtdmd.stages.roles import Roles
 from rtdmd.stages.scores import EpochScores, Scored
@@ -116,11 +116,15 @@ class Rtdmd:
         stops all of them, once all have rolled out.
         """
         plan = self._sampler.epoch(epoch)
+        count = self.settings.num_sample_batches
+        batches = [list(self._sampler.rank_positions(self._ranks.rank, number)) for number in range(count)]
+        # Each prompt is encoded once, however many batches its pictures are in.
+        distinct = sorted({plan[index] for indices in batches for index in indices})
+        texts = SharedTexts(self.texts(distinct), {prompt: row for row, prompt in enumerate(distinct)})
         closely = epoch % self.settings.monitor_every == 0
         records, jobs = [], []
-        for number in range(self.settings.num_sample_batches):
-            indices = list(self._sampler.rank_positions(self._ranks.rank, number))
-            record = self._roll_out(epoch, indices, [plan[index] for index in indices], drawn)
+        for indices in batches:
+            record = self._roll_out(epoch, indices, [plan[index] for index in indices], texts, drawn)
             jobs.append(self.panel.start_scoring(record.trajectory.final, record.captions, closely=closely))
             records.append(record)
         with self._ranks.together():
@@ -131,16 +135,18 @@ class Rtdmd:
         return records, scores
 
     def _roll_out(
-        self, epoch: int, indices: list[int], prompt_ids: list[int], drawn: Sequence[int]
+        self,
+        epoch: int,
+        indices: list[int],
+        prompt_ids: list[int],
+        texts: SharedTexts,
+        drawn: Sequence[int],
     ) -> Record:
         """One sampling batch of this rank.
 
         A group's members differ in their initial noise and in the drawn steps' noise; with
         ``shared_noise`` the noise of the other stochastic steps is the prompt's.
         """
-        distinct = sorted(set(prompt_ids))
-        text = self.texts(distinct)
-        rows = [distinct.index(prompt) for prompt in prompt_ids]
 
         def noise(purpose: str, keys: Sequence[int]) -> Tensor:
             return self.draws.normal(epoch, purpose, keys, self.few.latent_shape, self._ranks.device)
@@ -149,7 +155,7 @@ class Rtdmd:
             own = step in drawn or not self.settings.shared_noise
             return noise(f"transition{step}" if own else f"shared{step}", indices if own else prompt_ids)
 
-        velocity = self.roles.generator.velocity(text[rows])
+        velocity = self.roles.generator.velocity(texts.of(prompt_ids))
         trajectory = rollout(velocity, noise("initial", indices), self.few.sigmas, self.few.eta, step_noise)
         captions = Captions(
             [self.prompts.prompts[prompt] for prompt in prompt_ids],
@@ -157,7 +163,7 @@ class Rtdmd:
         )
         log_probs = {step: self._log_prob(trajectory, step, trajectory.velocities[step]) for step in drawn}
         taken = replace(trajectory, velocities=[])  # nothing needs them any more
-        return Record(indices, prompt_ids, captions, text, rows, taken, log_probs)
+        return Record(indices, prompt_ids, captions, texts, taken, log_probs)
 
     def _log_prob(self, trajectory: Trajectory, step: int, velocity: Tensor) -> Tensor:
         """Log-probability [B] of the transition that was taken at ``step``, under ``velocity``."""

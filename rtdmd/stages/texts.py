@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 
-_BATCH = 128  # prompts encoded at once
+_BATCH = 32  # prompts encoded at once; an encoder holds the hidden states of all its layers
 
 
 class PromptTexts:
@@ -34,11 +34,14 @@ class PromptTexts:
         self._kept: TextEmbeddings | None = None
         self.gib = self._num_bytes(len(distinct)) / 2**30
         if self.gib <= limit_gib:
-            parts = []
-            for start in range(0, len(distinct), _BATCH):
-                parts.append(family.encode_prompts(distinct[start : start + _BATCH]))
-                progress()
-            self._kept = TextEmbeddings.cat(parts)
+            self._kept = self._encode(distinct, progress)
+
+    def _encode(self, prompts: Sequence[str], progress: Callable[[], None] = lambda: None) -> TextEmbeddings:
+        parts = []
+        for start in range(0, len(prompts), _BATCH):
+            parts.append(self._family.encode_prompts(prompts[start : start + _BATCH]))
+            progress()
+        return TextEmbeddings.cat(parts)
 
     @property
     def are_kept(self) -> bool:
@@ -57,5 +60,5 @@ class PromptTexts:
     def of(self, prompts: Sequence[str]) -> TextEmbeddings:
         """One row for each of ``prompts``, which are the stage's or among the further ones."""
         if self._kept is None:
-            return self._family.encode_prompts(prompts)
+            return self._encode(prompts)
         return self._kept[[self._rows[prompt] for prompt in prompts]]

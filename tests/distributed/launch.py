@@ -21,14 +21,19 @@ def free_port() -> int:
 
 
 def run_ranks(
-    arguments: Sequence[str], world_size: int, *, timeout: float = 840, codes: Sequence[int] = (0,)
+    arguments: Sequence[str],
+    world_size: int,
+    *,
+    timeout: float = 840,
+    codes: Sequence[int] = (0,),
+    accelerator: str = "cpu",
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run ``python arguments`` once per rank, as a launcher does; every exit code must be in ``codes``."""
     shared = os.environ | {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": accelerator,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),

@@ -30,6 +30,7 @@ from rtdmd.recipe.schema import OptimizerSection, Recipe
 from rtdmd.rewards import load_rewards
 
 Tensors = dict[str, Tensor]
+CPU = torch.device("cpu")
 
 
 def without_rounding(rewards: list[Any]) -> list[Any]:
@@ -59,12 +60,12 @@ class PlainRole:
         name: str,
         recipe: Recipe,
         family: Any,
-        draws: Draws,
+        draws: PlacedDraws,
         optimizer: OptimizerSection,
         outcome: Outcome,
     ) -> None:
         self.name, self.family, self.outcome = name, family, outcome
-        self.network = load_transformer(recipe, family)
+        self.network = load_transformer(recipe, family, draws.placed_on)
         self.max_grad_norm = optimizer.max_grad_norm
         if getattr(recipe.roles, name).trains == "lora":
             lora = recipe.lora
@@ -73,6 +74,7 @@ class PlainRole:
             init_adapter(
                 self.network, std, lambda key, shape: draws.normal(0, f"lora/{name}", [key], shape)[0]
             )
+            place(recipe, self.network, draws.placed_on)
         else:
             self.network.requires_grad_(True)
         self.trained = {k: p for k, p in self.network.named_parameters() if p.requires_grad}
@@ -98,30 +100,51 @@ class PlainRole:
         self.outcome.weights[self.name] = {k: p.detach().clone() for k, p in self.trained.items()}
 
 
-def load_transformer(recipe: Recipe, family: Any) -> nn.Module:
+def load_transformer(recipe: Recipe, family: Any, device: torch.device) -> nn.Module:
     network = family.transformer_class.from_pretrained(recipe.model.pipeline, subfolder="transformer")
-    return network.requires_grad_(False)
+    return place(recipe, network.requires_grad_(False), device)
 
 
-def load_family(recipe: Recipe) -> Any:
+def place(recipe: Recipe, network: nn.Module, device: torch.device) -> nn.Module:
+    """On ``device``, in the recipe's dtype; past diffusers' own ``to``, which warns."""
+    return nn.Module.to(network, device, getattr(torch, recipe.dtype))
+
+
+def load_family(recipe: Recipe, device: torch.device) -> Any:
     return get_family(recipe.model.family).load(
         recipe.model.pipeline,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
+        device=device,
+        dtype=getattr(torch, recipe.dtype),
         max_sequence_length=recipe.model.max_sequence_length,
     )
+
+
+class PlacedDraws(Draws):
+    """The host's numbers, moved to ``placed_on``."""
+
+    placed_on = CPU
+
+    def normal(self, *args: Any) -> Tensor:  # type: ignore[override]
+        return super().normal(*args).to(self.placed_on)
+
+    def uniform(self, *args: Any) -> Tensor:  # type: ignore[override]
+        return super().uniform(*args).to(self.placed_on)
+
+    def integers(self, *args: Any) -> Tensor:  # type: ignore[override]
+        return super().integers(*args).to(self.placed_on)
 
 
 class Reference:
     """What both stages share, over the global batch of ``world_size`` ranks."""
 
-    def __init__(self, recipe: Recipe, stage: str, world_size: int) -> None:
+    def __init__(self, recipe: Recipe, stage: str, world_size: int, device: torch.device = CPU) -> None:
         self.recipe, self.world_size = recipe, world_size
         self.settings: Any = getattr(recipe, stage)
-        self.family = load_family(recipe)
-        self.draws = Draws(recipe.seed, stage)
+        self.family = load_family(recipe, device)
+        self.draws = PlacedDraws(recipe.seed, stage)
+        self.draws.placed_on = device
         self.outcome = Outcome()
-        self.teacher = load_transformer(recipe, self.family)
+        self.teacher = load_transformer(recipe, self.family, device)
         arguments = (recipe, self.family, self.draws)
         self.generator = PlainRole("generator", *arguments, self.settings.generator, self.outcome)
         self.fake = PlainRole("fake_score", *arguments, self.settings.fake_score, self.outcome)
@@ -175,9 +198,11 @@ class Reference:
         return distribution_matching_loss(x_s, fake, real, weights=weights)
 
 
-def reference_cold_start(recipe: Recipe, world_size: int, iterations: int) -> Outcome:
+def reference_cold_start(
+    recipe: Recipe, world_size: int, iterations: int, device: torch.device = CPU
+) -> Outcome:
     """Stage 1 on the global batch."""
-    plain = Reference(recipe, "cold_start", world_size)
+    plain = Reference(recipe, "cold_start", world_size, device)
     draws, levels, settings = plain.draws, plain.levels, plain.settings
     count = settings.batch_size * world_size
     indices = list(range(count))

@@ -142,7 +142,12 @@ def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
 
 
 def compute(
-    cases: list[Case], world_size: int, folder: Path, pipelines: dict[str, Path], clip: Path
+    cases: list[Case],
+    world_size: int,
+    folder: Path,
+    pipelines: dict[str, Path],
+    clip: Path,
+    accelerator: str = "cpu",
 ) -> Results:
     """All cases in one launch of ``world_size`` ranks."""
     described = [
@@ -155,7 +160,8 @@ def compute(
         for case in cases
     ]
     (folder / "cases.json").write_text(json.dumps(described))
-    run_ranks(["-m", "tests.distributed.worker", str(folder / "cases.json"), str(folder)], world_size)
+    arguments = ["-m", "tests.distributed.worker", str(folder / "cases.json"), str(folder)]
+    run_ranks(arguments, world_size, accelerator=accelerator)
     return {
         (case.name, world_size): torch.load(folder / f"{case.name}.pt", weights_only=True) for case in cases
     }

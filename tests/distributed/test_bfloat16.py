@@ -1,0 +1,83 @@
+"""In bfloat16 the system's gradients are no further from float32's than plain PyTorch's are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtdmd.recipe import load_recipe
+from tests.distributed.reference import Outcome, reference_cold_start
+from tests.distributed.test_parity import (
+    COMPILED,
+    Case,
+    compute,
+    overrides,
+    relative_error,
+    shared,
+)
+
+FACTOR = 1.5  # of plain PyTorch's error
+BFLOAT16 = ("dtype=bfloat16",)
+CASES = [
+    Case("cold_start", engine="zero2", steps=1, extra=BFLOAT16),
+    Case("cold_start", "sd3", steps=1, extra=BFLOAT16),
+    shared("cold_start", steps=1, extra=BFLOAT16),
+    shared("cold_start", "sd3", steps=1, extra=BFLOAT16),
+]
+COMPILED_CASES = [
+    *(
+        Case("cold_start", family, engine="zero2", steps=1, extra=(*BFLOAT16, *COMPILED))
+        for family in ("flux2", "sd3")
+    ),
+    *(shared("cold_start", family, steps=1, extra=(*BFLOAT16, *COMPILED)) for family in ("flux2", "sd3")),
+]
+
+
+def check(
+    cases: list[Case],
+    folder: Path,
+    pipelines: dict[str, Path],
+    clip: Path,
+    accelerator: str,
+) -> None:
+    """Of every update: ‖g − g32‖/‖g32‖ ≤ FACTOR·‖p − p32‖/‖p32‖, p plain PyTorch's gradient in bfloat16."""
+    got = compute(cases, 1, folder, pipelines, clip, accelerator)
+    device = torch.device(accelerator)
+    references: dict[str, tuple[Outcome, Outcome]] = {}
+    for case in cases:
+        if case.family not in references:
+            given = overrides(case, pipelines, clip, 1)
+            exact, rounded = (
+                reference_cold_start(
+                    load_recipe("recipes/dry_run.yaml", [*given, f"dtype={dtype}"]), 1, 1, device
+                )
+                for dtype in ("float32", "bfloat16")
+            )
+            references[case.family] = exact, rounded
+        expected_of, plain_of = references[case.family]
+        updates = zip(got[case.name, 1]["gradients"], expected_of.gradients, plain_of.gradients, strict=True)
+        for (role, ours), (_, expected), (_, plain) in updates:
+            error = relative_error(on_host(ours), on_host(expected))
+            limit = FACTOR * relative_error(on_host(plain), on_host(expected))
+            assert 0 < error <= limit, (case.name, role, error, limit)
+
+
+def on_host(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in gradient.items()}
+
+
+@pytest.fixture
+def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
+    return {"flux2": tiny_flux2, "sd3": tiny_sd3}
+
+
+def test_gradients_on_the_cpu(tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path) -> None:
+    check(CASES, tmp_path, pipelines, tiny_clip, "cpu")
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu(tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path) -> None:
+    check([*CASES, *COMPILED_CASES], tmp_path, pipelines, tiny_clip, "cuda")
