@@ -115,6 +115,7 @@ def test_cold_start_and_its_baseline(tmp_path: Path) -> None:
     assert {*expected, *each, "generator: backward", "generator: optimizer"} == set(phases)
 
 
+@pytest.mark.slow
 def test_an_epoch_on_two_ranks(tmp_path: Path) -> None:
     overrides = ["rewards=[{name: clipscore}]", "roles.generator.engine=ds_configs/tiny_zero3.json"]
     result, _ = run(["recipes/sd3m.yaml", "--stage", "rtdmd", *overrides, "--warmup", "0"], 2, tmp_path)
