@@ -41,7 +41,7 @@ def test_embeddings_are_the_familys(family: ModelFamily, kept: bool) -> None:
     limit = (130 if kept else 129.5) * size_gib(family)
     texts = PromptTexts(family, PROMPTS, limit, lambda: batches.append(1))
     assert texts.are_kept == kept
-    assert len(batches) == (2 if kept else 0)
+    assert len(batches) == (5 if kept else 0)  # of 32
     got = texts(CHOSEN)
     expected = family.encode_prompts([PROMPTS[index] for index in CHOSEN])
     assert got.tensors.keys() == expected.tensors.keys()
