@@ -13,7 +13,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rtdmd.errors import UserError, nearest_hint
 from rtdmd.recipe.keys import is_section, unknown_key_hint
 from rtdmd.recipe.schema import Recipe
-from rtdmd.recipe.tree import Faults, Node, apply_override, dump_yaml, join_key, parse_yaml, raise_faults
+from rtdmd.recipe.tree import (
+    Faults,
+    Node,
+    apply_override,
+    dump_yaml,
+    join_key,
+    merge,
+    parse_yaml,
+    raise_faults,
+)
 
 # What a person is told to write, by the field's type.
 _WANTED = {
@@ -23,12 +32,14 @@ _WANTED = {
     bool: ("true or false", "true"),
 }
 _ABSENT = object()
+_LAYER = "with="
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, after ``key=value`` overrides.
 
     Keys of overrides are dotted, list items go by index (``rewards.0.weight=2``), values are YAML.
+    ``with=FILE`` puts another file's sections over the recipe's; overrides apply in their order.
     Raises UserError with all faults of file and overrides: each names file and line (or the
     override), dotted key and value, and says what to write instead.
     """
@@ -43,18 +54,24 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recip
 
     A file that isn't a YAML mapping still raises UserError.
     """
-    source = str(path)
-    faults = Faults(source)
-    root = parse_yaml(_read(Path(path)), source, faults)
-    if not isinstance(root.value, dict):
-        raise UserError(
-            f"{source} {'is empty' if root.value is None else f'holds {root.describe()}'}; "
-            f"a recipe is a mapping that starts with 'name:' and 'model:'"
-        )
+    faults = Faults(str(path))
+    root = _parse_mapping(path, faults, "a recipe is a mapping that starts with 'name:' and 'model:'")
     for override in overrides:
-        apply_override(root, override, faults)
+        if override.startswith(_LAYER):
+            layer = override.removeprefix(_LAYER)
+            merge(root, _parse_mapping(layer, faults, "it is a mapping of a recipe's sections"))
+        else:
+            apply_override(root, override, faults)
     recipe = _build_section(Recipe, root, "", faults)
     return (None if recipe is _ABSENT else recipe), faults.lines
+
+
+def _parse_mapping(path: str | Path, faults: Faults, advice: str) -> Node:
+    node = parse_yaml(_read(Path(path)), str(path), faults)
+    if not isinstance(node.value, dict):
+        found = "is empty" if node.value is None else f"holds {node.describe()}"
+        raise UserError(f"{path} {found}; {advice}")
+    return node
 
 
 def dump_recipe(recipe: Recipe) -> str:

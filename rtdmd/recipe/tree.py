@@ -135,6 +135,16 @@ def apply_override(root: Node, override: str, faults: Faults) -> None:
         parent.value[int(parts[-1])] = leaf
 
 
+def merge(root: Node, layer: Node) -> None:
+    """Put the values of ``layer`` over those of ``root``; sections are merged key by key, lists replaced."""
+    for name, child in layer.value.items():
+        present = root.value.get(name)
+        if present is not None and isinstance(present.value, dict) and isinstance(child.value, dict):
+            merge(present, child)
+        else:
+            root.value[name] = child
+
+
 def dump_yaml(value: dict[str, Any]) -> str:
     """Plain values as block YAML, keys in the given order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -168,6 +168,25 @@ def test_overrides_reach_every_place(write_recipe: Write) -> None:
     assert (recipe.model.family, recipe.name, recipe.seed) == ("sd3", "12", 2)
 
 
+def test_a_files_sections_go_over_the_recipes(write_recipe: Write, tmp_path: Path) -> None:
+    """In the order of the overrides; sections key by key, lists whole; faults name the file's line."""
+    path = write_recipe()
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("model:\n  height: 64\nschedule: {timesteps: [900, 300]}\n")
+    recipe = load_recipe(path, ["model.height=128", f"with={layer}", "model.width=96"])
+    assert (recipe.model.height, recipe.model.width) == (64, 96)
+    assert recipe.model.family == load_recipe(path).model.family
+    assert recipe.schedule.timesteps == [900.0, 300.0]
+    layer.write_text("model:\n  hight: 64\n")
+    (line,) = faults(path, f"with={layer}")
+    assert f"{layer}:2: model.hight: unknown key; did you mean 'height'?" in line
+    layer.write_text("- 1")
+    with pytest.raises(UserError, match=r"layer.yaml holds a list; it is a mapping"):
+        load_recipe(path, [f"with={layer}"])
+    with pytest.raises(UserError, match="there is no such recipe; did you mean"):
+        load_recipe(path, [f"with={tmp_path / 'layr.yaml'}"])
+
+
 def test_an_override_mends_a_wrong_value(write_recipe: Write) -> None:
     path = write_recipe(("height: 512", "height: tall"))
     assert load_recipe(path, ["model.height=64"]).model.height == 64

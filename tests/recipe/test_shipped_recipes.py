@@ -49,6 +49,9 @@ def test_published_recipes(name: str) -> None:
     check_recipe(recipe, name, world_size=gpus, stages=["rtdmd"])
     for fewer in (1, 8):
         check_recipe(recipe, name, world_size=fewer, stages=recipe.stages)
+        for layout in (RECIPES / "layouts").glob("*.yaml"):
+            placed = load_recipe(RECIPES / f"{name}.yaml", [f"with={layout}"])
+            check_recipe(placed, name, world_size=fewer, stages=placed.stages)
     assert recipe.name == name
     assert (recipe.model.height, recipe.model.width, recipe.model.guidance_scale) == (
         pixels,
