@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.full_size import random_loaders
+from benchmarks.reward_memory import GIB, synchronize
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe import load_recipe
 
@@ -29,20 +30,21 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 def measure(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Median seconds of ``run`` and GiB at most beyond what was allocated before."""
+    on_cuda = device.type == "cuda"
+    for _ in range(WARMUP):
+        run()
+    before = torch.cuda.memory_allocated(device) if on_cuda else 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
     times = []
-    before = peak = 0
-    for repeat in range(WARMUP + REPEATS):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+    for _ in range(REPEATS):
+        synchronize(device)
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = max(peak, torch.cuda.max_memory_allocated() - before) if repeat >= WARMUP else 0
+        synchronize(device)
         times.append(time.perf_counter() - start)
-    return median(times[WARMUP:]), peak / 2**30
+    peak = torch.cuda.max_memory_allocated(device) - before if on_cuda else 0
+    return median(times), peak / GIB
 
 
 def cases(family: ModelFamily, latents: torch.Tensor) -> dict[str, Callable[[], Any]]:

@@ -10,8 +10,7 @@ mkdir -p "$out"
 
 replicated=(roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
   roles.fake_score.engine=ds_configs/zero2.json)
-shared=(roles.engines=shared_base roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero0.json
-  roles.fake_score.engine=ds_configs/zero0.json)
+shared=(with=recipes/layouts/shared_base.yaml) # compiled too
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
 recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
 # The time of an iteration is linear in the stop index: 1 and 4 have the mean of 1 to 4.
@@ -44,10 +43,10 @@ for name in "$@"; do
     baseline) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" --baseline ;;
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
-    cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
-    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=1 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
+    cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
+    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=1 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.batch_size=9 cold_start.micro_batch_size=9 "${short[@]}" ;;
     *) echo "$name: no such case" >&2 ;;
   esac

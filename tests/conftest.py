@@ -50,6 +50,12 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
+    """Both families' folders, by family."""
+    return {"flux2": tiny_flux2, "sd3": tiny_sd3}
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny CLIP model with its processor. Tests don't write to it."""
     from rtdmd.models.tiny import build_tiny_clip
@@ -60,11 +66,10 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def worlds(tmp_path_factory: pytest.TempPathFactory, tiny_flux2: Path, tiny_sd3: Path) -> dict[str, World]:
+def worlds(tmp_path_factory: pytest.TempPathFactory, pipelines: dict[str, Path]) -> dict[str, World]:
     """A small run of each family. Tests don't write to it."""
     from tests.small_runs import build_worlds
 
-    pipelines = {"flux2": tiny_flux2, "sd3": tiny_sd3}
     return build_worlds({name: tmp_path_factory.mktemp(f"run_{name}") for name in pipelines}, pipelines)
 
 

@@ -34,24 +34,34 @@ class _Occupant:
 
     name: str
     section: TeacherSection | TrainedSection
-    optimizer: OptimizerSection | None = None
-    start: Path | None = None  # what an earlier stage trained
+    optimizer: OptimizerSection | None
+    start: Path | None  # file of what an earlier stage trained
+    trained: Trained  # what is in it
 
 
 def shared_roles(
     builder: NetworkBuilder, settings: ColdStartSection | RtdmdSection, hand_over: HandOver
 ) -> Roles:
     """Roles with the same weights on one base, each with adapters of its own."""
-    roles = builder.recipe.roles
+    recipe = builder.recipe
+    roles = recipe.roles
+
+    def occupant(
+        name: str,
+        section: TeacherSection | TrainedSection,
+        optimizer: OptimizerSection | None = None,
+        start: Path | None = None,
+    ) -> _Occupant:
+        trained = read_trained([] if start is None else [start], recipe.lora)
+        return _Occupant(name, section, optimizer, start, trained)
+
+    occupants = [
+        occupant("teacher", roles.teacher),
+        occupant("generator", roles.generator, settings.generator, hand_over.generator),
+        occupant("fake_score", roles.fake_score, settings.fake_score, hand_over.fake_score),
+    ]
     engines: dict[str, FrozenEngine] = {}
-    for group in _groups(
-        builder,
-        [
-            _Occupant("teacher", roles.teacher),
-            _Occupant("generator", roles.generator, settings.generator, hand_over.generator),
-            _Occupant("fake_score", roles.fake_score, settings.fake_score, hand_over.fake_score),
-        ],
-    ):
+    for group in _groups(builder, occupants):
         engines |= _on_one_base(builder, group)
     generator, fake_score = engines["generator"], engines["fake_score"]
     assert isinstance(generator, TrainedEngine) and isinstance(fake_score, TrainedEngine)
@@ -63,15 +73,11 @@ def shared_roles(
     )
 
 
-def _trained(builder: NetworkBuilder, occupant: _Occupant) -> Trained:
-    return read_trained([] if occupant.start is None else [occupant.start], builder.recipe.lora)
-
-
 def _groups(builder: NetworkBuilder, occupants: Sequence[_Occupant]) -> list[list[_Occupant]]:
     """Occupants by what their base is; full weights that an earlier stage trained are another base."""
     groups: dict[object, list[_Occupant]] = {}
     for occupant in occupants:
-        replaced = occupant.start if _trained(builder, occupant).replacement is not None else None
+        replaced = occupant.start if occupant.trained.replacement is not None else None
         base = (role_weights(builder.recipe.model, occupant.section), replaced)
         groups.setdefault(base, []).append(occupant)
     return list(groups.values())
@@ -85,7 +91,7 @@ def _on_one_base(builder: NetworkBuilder, group: Sequence[_Occupant]) -> dict[st
     """
     first = group[0]
     config = engine_config(first.section.engine, builder.recipe.dtype, None)
-    is_merged = len(group) == 1 or _trained(builder, first).replacement is not None
+    is_merged = len(group) == 1 or first.trained.replacement is not None
     network = builder.network(first.section, first.start if is_merged else None, config)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in network.named_parameters()}
     base = SharedBase(network, config, len(group))
@@ -137,7 +143,7 @@ def _put_beneath(
 ) -> list[str]:
     """Attach what an earlier stage trained, frozen; the names of these adapters."""
     names = []
-    for number, adapter in enumerate(_trained(builder, occupant).adapters):
+    for number, adapter in enumerate(occupant.trained.adapters):
         check_adapter(adapter, shapes.get, role_weights(builder.recipe.model, occupant.section)[0])
         names.append(f"{occupant.name}_start{number}")
         load_adapter(network, adapter, names[-1])

@@ -69,11 +69,6 @@ def on_host(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in gradient.items()}
 
 
-@pytest.fixture
-def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
-    return {"flux2": tiny_flux2, "sd3": tiny_sd3}
-
-
 def test_gradients_on_the_cpu(tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path) -> None:
     check(CASES, tmp_path, pipelines, tiny_clip, "cpu")
 

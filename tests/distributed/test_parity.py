@@ -142,11 +142,6 @@ def overrides(case: Case, pipelines: dict[str, Path], clip: Path, world_size: in
 Results = dict[tuple[str, int], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
-    return {"flux2": tiny_flux2, "sd3": tiny_sd3}
-
-
 def compute(
     cases: list[Case],
     world_size: int,

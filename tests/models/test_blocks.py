@@ -26,11 +26,6 @@ from rtdmd.randomness import Draws
 FAMILIES = ("flux2", "sd3")
 
 
-@pytest.fixture
-def pipelines(tiny_flux2: Path, tiny_sd3: Path) -> dict[str, Path]:
-    return {"flux2": tiny_flux2, "sd3": tiny_sd3}
-
-
 def load(name: str, pipeline: Path) -> tuple[ModelFamily, nn.Module]:
     """A family and its transformer with an adapter whose factors are not zero."""
     family = get_family(name).load(
