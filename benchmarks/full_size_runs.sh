@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training steps at true size, one GPU:  bash benchmarks/full_size_runs.sh OUT CASE…
-# JSON and what the processes say in OUT/CASE.*; cases below. PROCESSES=2 starts a case on two GPUs; STEPS says how
-# many are measured.
+# JSON and what the processes say in OUT/CASE.*; cases below. PROCESSES=2 starts a case on two GPUs; STEPS, WARMUP and
+# STOPS say what is measured.
 set -uo pipefail
 out=$1
 shift
@@ -14,11 +14,11 @@ shared=(with=recipes/layouts/shared_base.yaml) # compiled too
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
 recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
 # The time of an iteration is linear in the stop index: 1 and 4 have the mean of 1 to 4.
-steps=(--steps "${STEPS:-8}" --warmup 2 --phase-steps 1 --no-save)
-short=(--stops 1 4 "${steps[@]}")
+steps=(--steps "${STEPS:-8}" --warmup "${WARMUP:-2}" --phase-steps 1 --no-save)
+short=(--stops ${STOPS:-1 4} "${steps[@]}")
 # 12 pictures in 2 batches of 6, clipscore alone: what the published code was timed with.
-rtdmd=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]"
-  rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
+tuning=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]")
+rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
 
 run() { # NAME arguments of train_step …
   local name=$1 start=$SECONDS
@@ -47,6 +47,10 @@ for name in "$@"; do
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
     rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
     rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=1 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
+    nine) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
+    nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
+    nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload cold_start.micro_batch_size=3 "${short[@]}" ;;
+    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" rtdmd.fake_score_micro_batch_size=1 ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.batch_size=9 cold_start.micro_batch_size=9 "${short[@]}" ;;
     *) echo "$name: no such case" >&2 ;;
   esac

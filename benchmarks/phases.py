@@ -100,7 +100,7 @@ def instrument(stage: Stage, ema: Ema, clock: PhaseClock) -> None:
     clock.wrap(stage, "_roll_out", "rollout")
     clock.wrap(stage, "_policy_term", "generator: policy, forward")
     clock.wrap(stage, "_last_step_term", "generator: last step, forward")
-    clock.wrap(stage.panel, "hinge", "reward back-propagation")
+    clock.wrap(stage.panel, "_pull", "reward back-propagation")
     for reward in stage.panel.rewards:
         clock.wrap(reward, "score", f"reward: {reward.name}")
     start = stage.panel.start_scoring

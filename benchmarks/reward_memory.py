@@ -6,7 +6,7 @@
 Everything has random weights, made on the device in bfloat16 (in float32 on a CPU, where that is faster), and
 nothing is downloaded: the configurations are those of the published models. Measured is what a training step
 does on its last transition: x0 from the generator (FLUX.2-klein 4B with a LoRA, activations recomputed),
-``RewardPanel.hinge`` through the decoder and the scorers, and the gradient back into the LoRA; without
+the reward hinge through the decoder and the scorers, and the gradient back into the LoRA; without
 ``--transformer`` x0 is a leaf. First the decoder with a reward that costs nothing, then each scorer alone,
 then all together. Without CUDA there is time only.
 """
@@ -149,6 +149,7 @@ class Step:
             rewards,
             Combination(dict.fromkeys(names, 1.0)),
             names,
+            margin=MARGIN,
             thread=self.thread,
             score_chunk=self.chunk,
             backprop_chunk=self.chunk,
@@ -161,7 +162,10 @@ class Step:
             velocity = self.family.predict_velocity(self.transformer, self.latents, SIGMA, self.text)
             x0 = predict_x0(self.latents, velocity, SIGMA)
         weights = torch.ones(len(x0), device=self.device)
-        loss, _ = panel.hinge(x0, self.captions, MARGIN, weights)
+        pull = panel.score(x0.detach(), self.captions, closely=False).pull
+        if pull is None:
+            raise RuntimeError("no reward was back-propagated")
+        loss, _ = pull.on(x0, weights)
         gradients = torch.autograd.grad(loss, trained)
         total = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
         if not (torch.isfinite(total) and total > 0):

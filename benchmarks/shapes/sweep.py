@@ -2,9 +2,9 @@
 
   python -m benchmarks.shapes.sweep NAME [--recipe FILE] --seconds 120 120 [key=value …] >> sweep.jsonl
 
-Both stages run in this process, stage 2 from the average that stage 1 has reached; nothing is saved. A line
-of JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
-average.
+Both stages run in this process, stage 2 from the average that stage 1 has reached; ``--keep FOLDER`` keeps
+what the stages leave in FOLDER/NAME. A line of JSON for each measurement: the judge's accuracy and CLIP's
+reward on validation captions, painted with the average.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/shapes.yaml")
     parser.add_argument("--seconds", type=float, nargs=2, default=[120.0, 120.0], help="of either stage")
     parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--keep", type=Path, help="folder for the stages' state dicts")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between measurements")
     options = parser.parse_intermixed_args()
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -96,9 +97,10 @@ def main() -> None:
     ranks = start_ranks(3600)
     sweep = Sweep(options.name, recipe, ranks, options.captions, options.every)
     left = HandOver()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) if options.keep is None else options.keep / options.name
         for stage, seconds in zip(stages, options.seconds, strict=False):
-            left = sweep.run(stage, left, seconds, Path(folder) / stage)
+            left = sweep.run(stage, left, seconds, folder / stage)
     stop_ranks()
 
 

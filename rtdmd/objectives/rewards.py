@@ -38,10 +38,15 @@ def combine_rewards(
     return torch.stack(terms).sum(0)
 
 
-def reward_hinge_loss(reward: Tensor, margin: float, weights: Tensor | None = None) -> Tensor:
-    """mean(relu(margin − reward)), float32.
+def reward_hinge(reward: Tensor, margin: float) -> Tensor:
+    """relu(margin − reward) per sample, float32.
 
-    Shapes: ``reward`` [B] is the combination of the differentiable rewards, ``weights`` [B].
-    A sample whose reward exceeds the margin has no gradient.
+    Shapes: ``reward`` [B] is the combination of the differentiable rewards. A sample whose reward exceeds
+    the margin has no gradient.
     """
-    return weighted_mean((margin - reward.float()).relu(), weights)
+    return (margin - reward.float()).relu()
+
+
+def reward_hinge_loss(reward: Tensor, margin: float, weights: Tensor | None = None) -> Tensor:
+    """mean(relu(margin − reward)), float32. Shapes: ``reward`` [B], ``weights`` [B]."""
+    return weighted_mean(reward_hinge(reward, margin), weights)

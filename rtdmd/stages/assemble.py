@@ -154,6 +154,8 @@ def _build_panel(
     backprop = recipe.rtdmd.reward_backprop
     names = [reward.name for reward in recipe.rewards]
     chosen: Sequence[str] = backprop.rewards or [name for name in DEFAULT_BACKPROP_REWARDS if name in names]
+    if backprop.weight == 0:
+        chosen = []
     sections = [*recipe.rewards, *recipe.monitor_rewards]
     dtype = getattr(torch, recipe.dtype)
     loaded = loaders.rewards(sections, ranks.device, dtype, recipe.reward_workers)
@@ -162,6 +164,7 @@ def _build_panel(
         loaded[: len(recipe.rewards)],
         _combination(recipe),
         [reward.name for reward in loaded if reward.name in chosen and reward.differentiable],
+        margin=backprop.margin,
         monitors=loaded[len(recipe.rewards) :],
         thread=ScoringThread(ranks.device),
         score_chunk=recipe.rtdmd.score_batch_size or recipe.rtdmd.sample_batch_size,

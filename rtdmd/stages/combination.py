@@ -70,6 +70,11 @@ class Combination:
             if self._decay is not None and len(finite):
                 moments.update(finite, self._decay)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a :meth:`total`: standardising takes an epoch's scores first."""
+        return all(moments.total_weight > 0 for moments in self._moments.values())
+
     def total(self, rewards: Scores) -> Tensor:
         """What the hinge sees of some rewards' raw scores, [B]; differentiable."""
         moments = {name: (self._moments[name].mean, self._moments[name].std) for name in self._moments}

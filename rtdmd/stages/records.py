@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.rollout import Trajectory
-from rtdmd.stages.rewarding import Captions
+from rtdmd.stages.scores import RewardPull
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Record:
 
     indices: list[int]  # global sample indices of the epoch
     prompt_ids: list[int]
-    captions: Captions
     texts: SharedTexts
     trajectory: Trajectory
     log_probs: dict[int, Tensor]  # rollout log-probability of each drawn step, [B]
+    pull: RewardPull | None = None  # the rewards' on the final latents, once they are scored
 
     def __getitem__(self, part: slice) -> Record:
         moving = self.trajectory
         return Record(
             self.indices[part],
             self.prompt_ids[part],
-            self.captions[part],
             self.texts,
             Trajectory(moving.sigmas, [x[part] for x in moving.states], [v[part] for v in moving.velocities]),
             {step: value[part] for step, value in self.log_probs.items()},
+            None if self.pull is None else self.pull[part],
         )
 
     def __len__(self) -> int:

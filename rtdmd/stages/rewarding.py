@@ -1,4 +1,4 @@
-"""Rewards as the RTDMD stage uses them: scores of pictures, and a gradient at the final latents."""
+"""Rewards as the RTDMD stage uses them: scores of pictures, and their gradient at the final latents."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rtdmd.models.protocol import ModelFamily
-from rtdmd.objectives import reward_hinge_loss
+from rtdmd.objectives import reward_hinge
 from rtdmd.rewards.image_statistics import STATISTICS, thumbnails
 from rtdmd.rewards.protocol import Metadata, Reward
 from rtdmd.stages.combination import Combination
-from rtdmd.stages.scores import Scored
+from rtdmd.stages.scores import RewardPull, Scored
 from rtdmd.stages.scoring_thread import ScoringThread
 
 
@@ -28,9 +28,6 @@ class Captions:
     def __getitem__(self, part: slice) -> Captions:
         return Captions(self.prompts[part], self.metadata[part])
 
-    def rows(self, chosen: Sequence[int]) -> Captions:
-        return Captions([self.prompts[i] for i in chosen], [self.metadata[i] for i in chosen])
-
 
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
@@ -39,9 +36,9 @@ def _chunks(count: int, size: int) -> list[slice]:
 class RewardPanel:
     """Several rewards and their combination, behind one decoder.
 
-    ``backprop`` names the rewards whose gradient is used; ``monitors`` are never trained on. Pictures are
-    decoded and scored ``score_chunk`` at a time, and back-propagated through ``backprop_chunk`` at a time;
-    ``progress`` is called after each score.
+    ``backprop`` names the rewards whose gradient is used, for the hinge with ``margin``; without any no
+    gradient is computed. ``monitors`` are never trained on. Pictures are decoded and scored ``score_chunk``
+    at a time, back-propagated through ``backprop_chunk`` at a time; ``progress`` is called after each score.
     """
 
     def __init__(
@@ -51,6 +48,7 @@ class RewardPanel:
         combination: Combination,
         backprop: Sequence[str],
         *,
+        margin: float,
         monitors: Sequence[Reward] = (),
         thread: ScoringThread,
         score_chunk: int,
@@ -62,6 +60,7 @@ class RewardPanel:
         self.monitors = list(monitors)
         self.combination = combination
         self._backprop = [reward for reward in rewards if reward.name in backprop]
+        self._margin = margin
         self._thread = thread
         self._score_chunk = score_chunk
         self._backprop_chunk = backprop_chunk
@@ -73,20 +72,26 @@ class RewardPanel:
 
     @torch.no_grad()
     def score(self, latents: Tensor, captions: Captions, *, closely: bool) -> Scored:
-        """Every reward's scores [B], float32, on the CPU, of final latents [B, C, H, W].
+        """Every reward's scores [B], float32, of final latents [B, C, H, W], with the rewards' pull on them.
 
-        ``closely`` adds the monitors' scores and what the pictures are like.
+        All of it is on the CPU. ``closely`` adds the monitors' scores and what the pictures are like. The
+        pull is missing if no reward is back-propagated, or none yet: standardising takes an epoch's scores.
         """
+        pulls = bool(self._backprop) and self.combination.is_ready
         parts = []
         for part in _chunks(len(latents), self._score_chunk):
-            images = self._family.decode(latents[part])
-            rewards = self._scores(self.rewards, images, captions[part])
+            if pulls:
+                images, rewards, pull = self._pull(latents[part], captions[part])
+            else:
+                images, rewards, pull = self._family.decode(latents[part]), {}, None
+            others = [reward for reward in self.rewards if reward.name not in rewards]
+            rewards |= self._scores(others, images, captions[part])
             if closely:
                 monitors = self._scores(self.monitors, images, captions[part])
                 statistics = {name: measure(images).cpu() for name, measure in STATISTICS.items()}
-                parts.append(Scored(rewards, monitors, statistics, thumbnails(images).cpu()))
+                parts.append(Scored(rewards, monitors, statistics, thumbnails(images).cpu(), pull))
             else:
-                parts.append(Scored(rewards))
+                parts.append(Scored(rewards, pull=pull))
         return Scored.cat(parts)
 
     def _scores(self, rewards: Sequence[Reward], images: Tensor, captions: Captions) -> dict[str, Tensor]:
@@ -97,6 +102,31 @@ class RewardPanel:
             self._progress()
         return scores
 
+    def _pull(self, latents: Tensor, captions: Captions) -> tuple[Tensor, dict[str, Tensor], RewardPull]:
+        """The pictures, the scores of the rewards that are back-propagated, and their gradient.
+
+        Decoder and rewards run forward and backward chunk by chunk; at most one chunk's graph exists at a
+        time. A picture's gradient is its own: nothing in decoder or rewards mixes pictures.
+        """
+        pictures, scored, pulls = [], [], []
+        for part in _chunks(len(latents), self._backprop_chunk):
+            with torch.enable_grad():
+                leaf = latents[part].detach().requires_grad_()
+                images = self._family.decode(leaf)
+                scores = {
+                    reward.name: reward.score(images, captions[part].prompts, captions[part].metadata)
+                    for reward in self._backprop
+                }
+                losses = reward_hinge(self.combination.total(scores), self._margin)
+                (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            self._progress()
+            pictures.append(images.detach())
+            scored.append({name: given.detach().to("cpu", torch.float32) for name, given in scores.items()})
+            pulls.append(RewardPull(losses.detach().cpu(), gradient.cpu()))
+            del images, scores, losses, gradient
+        rewards = {name: torch.cat([scores[name] for scores in scored]) for name in scored[0]}
+        return torch.cat(pictures), rewards, RewardPull.cat(pulls)
+
     def close(self) -> None:
         """End the thread and whatever processes rewards have started."""
         self._thread.close()
@@ -104,40 +134,3 @@ class RewardPanel:
             close = getattr(reward, "close", None)
             if close is not None:
                 close()
-
-    def hinge(
-        self, x0: Tensor, captions: Captions, margin: float, weights: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reward hinge loss over the samples that weigh something, and its metrics.
-
-        Differentiable in ``x0`` [B, C, H, W]; ``weights`` [B]. Decoder and reward models run forward and
-        backward chunk by chunk on detached latents; the returned scalar carries their gradient on into
-        ``x0``'s own graph. At most one chunk's graph exists at a time. Its value is the loss's.
-
-        Samples of weight 0 are neither decoded nor scored: one of them may be there for want of a finite
-        score, and 0·NaN is NaN.
-        """
-        weighty = weights.nonzero().flatten().tolist()
-        total = weights.sum()
-        loss, exceeding = torch.zeros((), device=x0.device), torch.zeros((), device=x0.device)
-        gradient = torch.zeros_like(x0)
-        for part in _chunks(len(weighty), self._backprop_chunk):
-            rows = weighty[part]
-            leaf = x0[rows].detach().requires_grad_()
-            reward = self._differentiable_sum(leaf, captions.rows(rows))
-            # The weighted mean over all samples is the chunks' means, weighted by their shares.
-            chunk_loss = weights[rows].sum() / total * reward_hinge_loss(reward, margin, weights[rows])
-            (gradient[rows],) = torch.autograd.grad(chunk_loss, leaf)
-            loss = loss + chunk_loss.detach()
-            exceeding = exceeding + (reward.detach() >= margin).sum() / len(weighty)
-        carried = (x0 * gradient).sum()
-        return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": 1 - exceeding}
-
-    def _differentiable_sum(self, latents: Tensor, captions: Captions) -> Tensor:
-        """The combination of the rewards that back-propagate, of decode(latents), [B]."""
-        images = self._family.decode(latents)
-        scores = {
-            reward.name: reward.score(images, captions.prompts, captions.metadata).to(latents.device)
-            for reward in self._backprop
-        }
-        return self.combination.total(scores)

@@ -112,8 +112,8 @@ class Rtdmd:
     def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:
         """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures.
 
-        A batch is decoded and scored while the next one is rolled out. A scorer that fails on one rank
-        stops all of them, once all have rolled out.
+        A batch is decoded and scored while the next one is rolled out, the rewards' gradient at its final
+        latents included. A scorer that fails on one rank stops all of them, once all have rolled out.
         """
         plan = self._sampler.epoch(epoch)
         count = self.settings.num_sample_batches
@@ -124,13 +124,19 @@ class Rtdmd:
         closely = epoch % self.settings.monitor_every == 0
         records, jobs = [], []
         for indices in batches:
-            record = self._roll_out(epoch, indices, [plan[index] for index in indices], texts, drawn)
-            jobs.append(self.panel.start_scoring(record.trajectory.final, record.captions, closely=closely))
+            prompt_ids = [plan[index] for index in indices]
+            record = self._roll_out(epoch, indices, prompt_ids, texts, drawn)
+            captions = Captions(
+                [self.prompts.prompts[prompt] for prompt in prompt_ids],
+                [self.prompts.metadata[prompt] for prompt in prompt_ids],
+            )
+            jobs.append(self.panel.start_scoring(record.trajectory.final, captions, closely=closely))
             records.append(record)
         with self._ranks.together():
-            scored = Scored.cat([job.result() for job in jobs])
+            scored = [job.result() for job in jobs]
+        records = [replace(record, pull=seen.pull) for record, seen in zip(records, scored, strict=True)]
         mine = [prompt for record in records for prompt in record.prompt_ids]
-        scores = EpochScores.of_all_ranks(mine, scored, self._ranks)
+        scores = EpochScores.of_all_ranks(mine, Scored.cat(scored), self._ranks)
         scores.check_usable(self.panel.combination.weights)
         return records, scores
 
@@ -157,13 +163,9 @@ class Rtdmd:
 
         velocity = self.roles.generator.velocity(texts.of(prompt_ids))
         trajectory = rollout(velocity, noise("initial", indices), self.few.sigmas, self.few.eta, step_noise)
-        captions = Captions(
-            [self.prompts.prompts[prompt] for prompt in prompt_ids],
-            [self.prompts.metadata[prompt] for prompt in prompt_ids],
-        )
         log_probs = {step: self._log_prob(trajectory, step, trajectory.velocities[step]) for step in drawn}
         taken = replace(trajectory, velocities=[])  # nothing needs them any more
-        return Record(indices, prompt_ids, captions, texts, taken, log_probs)
+        return Record(indices, prompt_ids, texts, taken, log_probs)
 
     def _log_prob(self, trajectory: Trajectory, step: int, velocity: Tensor) -> Tensor:
         """Log-probability [B] of the transition that was taken at ``step``, under ``velocity``."""
@@ -269,7 +271,11 @@ class Rtdmd:
         return loss
 
     def _last_step_term(self, epoch: int, micro: Weighted, means: Means) -> Tensor:
-        """The network once more at the last step's state; from there to the loss nothing is unrolled."""
+        """The network once more at the last step's state; from there to the loss nothing is unrolled.
+
+        The rewards' gradient was computed where the pictures were scored: x0 has the values that it had then,
+        since an epoch has one update.
+        """
         settings, record = self.settings, micro.record
         trajectory, text = record.trajectory, record.sample_text
         last = len(self.few.sigmas) - 1
@@ -283,10 +289,8 @@ class Rtdmd:
         )
         means.add("generator", {"distribution_matching": matching})
         loss = settings.distribution_matching_weight * matching
-        if settings.reward_backprop.weight > 0:
-            hinge, parts = self.panel.hinge(
-                x0, record.captions, settings.reward_backprop.margin, micro.weights
-            )
+        if record.pull is not None:
+            hinge, parts = record.pull.on(x0, micro.weights)
             means.add("generator", parts)
             loss = loss + settings.reward_backprop.weight * hinge
         return loss

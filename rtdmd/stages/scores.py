@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.errors import TrainingHalted
+from rtdmd.objectives import weighted_mean
 from rtdmd.rewards.image_statistics import group_diversity
 
 # Scores [B] by name.
@@ -17,13 +18,47 @@ Scores = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class RewardPull:
+    """Where the rewards would have B pictures go: the hinge of each and its gradient at the final latents."""
+
+    losses: Tensor  # relu(margin − Σ w_i·r_i), [B], 0 from the margin on
+    gradient: Tensor  # of losses[b] with respect to picture b's latents, [B, C, H, W]
+
+    def __getitem__(self, part: slice) -> RewardPull:
+        return RewardPull(self.losses[part], self.gradient[part])
+
+    @staticmethod
+    def cat(parts: Sequence[RewardPull]) -> RewardPull:
+        """Batches one after the other."""
+        return RewardPull(
+            torch.cat([part.losses for part in parts]), torch.cat([part.gradient for part in parts])
+        )
+
+    def on(self, x0: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reward hinge loss over the samples that weigh something, and its metrics.
+
+        ``x0`` [B, C, H, W] are the same latents, computed once more with a graph, which the gradient goes on
+        into; ``weights`` [B]. The value is the loss's. Samples of weight 0 are left out rather than
+        multiplied: one of them may be there for want of a finite score, and 0·NaN is NaN.
+        """
+        counts = weights > 0
+        losses = torch.where(counts, self.losses.to(x0.device), 0.0)
+        gradient = torch.where(counts[:, None, None, None], self.gradient.to(x0.device), 0.0)
+        loss = weighted_mean(losses, weights)
+        carried = weighted_mean((x0 * gradient).flatten(1).sum(1), weights)
+        exceeding = ((losses == 0) & counts).sum() / counts.sum().clamp(min=1)
+        return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": 1 - exceeding}
+
+
+@dataclass(frozen=True)
 class Scored:
-    """What is known of B pictures; all but ``rewards`` is empty unless they were looked at closely."""
+    """What is known of B pictures; of the rest what is there only if they were looked at closely."""
 
     rewards: Scores
     monitors: Scores = field(default_factory=dict)
     images: Scores = field(default_factory=dict)  # picture statistics
     thumbnails: Tensor | None = None  # [B, D]
+    pull: RewardPull | None = None  # where rewards are back-propagated
 
     @staticmethod
     def cat(parts: Sequence[Scored]) -> Scored:
@@ -33,11 +68,13 @@ class Scored:
             return {name: torch.cat([part[name] for part in named]) for name in named[0]}
 
         pictures = [part.thumbnails for part in parts if part.thumbnails is not None]
+        pulls = [part.pull for part in parts if part.pull is not None]
         return Scored(
             all_of([part.rewards for part in parts]),
             all_of([part.monitors for part in parts]),
             all_of([part.images for part in parts]),
             torch.cat(pictures) if pictures else None,
+            RewardPull.cat(pulls) if pulls else None,
         )
 
 

@@ -17,6 +17,7 @@ from rtdmd.rewards import load_rewards
 from rtdmd.rewards.clip import ClipReward
 from rtdmd.stages.combination import Combination
 from rtdmd.stages.rewarding import Captions, RewardPanel
+from rtdmd.stages.scores import RewardPull
 from rtdmd.stages.scoring_thread import ScoringThread
 from tests.distributed.reference import without_rounding
 
@@ -36,6 +37,7 @@ def make_panel(
     chunk: int,
     scored: list[int] | None = None,
     combination: Combination | None = None,
+    margin: float = 3.0,
 ) -> RewardPanel:
     family, rewards = parts
     return RewardPanel(
@@ -43,6 +45,7 @@ def make_panel(
         rewards,
         combination or Combination({"clipscore": 2.0}),
         ["clipscore"],
+        margin=margin,
         thread=ScoringThread(torch.device("cpu")),
         score_chunk=chunk,
         backprop_chunk=chunk,
@@ -52,6 +55,12 @@ def make_panel(
 
 def latents() -> torch.Tensor:
     return Draws(0, "test").normal(0, "latents", range(5), (16, 8, 8))
+
+
+def pull_of(panel: RewardPanel, z: torch.Tensor) -> RewardPull:
+    pull = panel.score(z.detach(), CAPTIONS, closely=False).pull
+    assert pull is not None
+    return pull
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
@@ -68,7 +77,7 @@ def test_hinge_gradient_equals_autograd_through_everything(
     expected = reward_hinge_loss(total, 3.0, mask)
     (expected_gradient,) = torch.autograd.grad(expected, z)
 
-    loss, metrics = make_panel(parts, chunk).hinge(0.5 * z, CAPTIONS, 3.0, mask)
+    loss, metrics = pull_of(make_panel(parts, chunk), 0.5 * z).on(0.5 * z, mask)
     (gradient,) = torch.autograd.grad(loss, z)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-8)
@@ -79,7 +88,7 @@ def test_hinge_gradient_equals_autograd_through_everything(
 def test_one_chunks_graph_is_alive_at_a_time(
     parts: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a chunk is decoded, nothing that autograd kept of an earlier one is there, pictures included."""
+    """When a chunk is decoded, nothing that autograd kept of an earlier one is there."""
     family, _ = parts
     kept: list[weakref.ref[Kept]] = []
     alive: list[int] = []
@@ -96,19 +105,13 @@ def test_one_chunks_graph_is_alive_at_a_time(
 
     def watched(latents: torch.Tensor) -> torch.Tensor:
         alive.append(sum(saved() is not None for saved in kept))
-        images = decode(latents)
-        kept.append(weakref.ref(images))
-        return images
+        return decode(latents)
 
     monkeypatch.setattr(family, "decode", watched)
-    z = latents().requires_grad_()
     panel = make_panel(parts, 2)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        x0 = z.tanh()
-        before = len(kept)
-        loss, _ = panel.hinge(x0, CAPTIONS, 3.0, torch.ones(5))
-    assert len(kept) > before and alive == [before] * 3
-    assert torch.autograd.grad(loss, z)[0].any()
+        panel.score(latents(), CAPTIONS, closely=False)
+    assert kept and alive == [0] * 3
 
 
 def test_a_sample_without_a_finite_score_leaves_the_others_gradient_alone(
@@ -123,10 +126,12 @@ def test_a_sample_without_a_finite_score_leaves_the_others_gradient_alone(
 
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
     z = latents().requires_grad_()
-    whole, _ = make_panel(parts, 2).hinge(z, CAPTIONS, 3.0, mask)
+    whole, _ = pull_of(make_panel(parts, 2), z).on(z, mask)
     (expected,) = torch.autograd.grad(whole, z)
     monkeypatch.setattr(ClipReward, "score", partly_nan)
-    loss, metrics = make_panel(parts, 2).hinge(z, CAPTIONS, 3.0, mask)
+    pull = pull_of(make_panel(parts, 2), z)
+    assert not torch.isfinite(pull.losses[1])
+    loss, metrics = pull.on(z, mask)
     (gradient,) = torch.autograd.grad(loss, z)
     assert torch.equal(loss, whole) and torch.equal(gradient, expected)
     assert torch.isfinite(metrics["hinge"]) and not gradient[1].any()
@@ -139,12 +144,14 @@ def test_clipped_and_standardised_gradients(parts: tuple[Any, list[Any]]) -> Non
     raw = reward.score(family.decode(z), CAPTIONS.prompts, CAPTIONS.metadata)
 
     def gradient(combination: Combination) -> torch.Tensor:
-        leaf = z.clone().requires_grad_()
-        loss, _ = make_panel(parts, 2, combination=combination).hinge(leaf, CAPTIONS, 100.0, torch.ones(5))
-        return torch.autograd.grad(loss, leaf)[0]
+        panel = make_panel(parts, 2, combination=combination, margin=100.0)
+        return pull_of(panel, z).gradient
 
     plain = gradient(Combination({"clipscore": 2.0}))
     standardised = Combination({"clipscore": 2.0}, decay=0.9)
+    early = make_panel(parts, 2, combination=standardised).score(z, CAPTIONS, closely=False)
+    assert early.pull is None  # nothing to standardise by yet
+    torch.testing.assert_close(early.rewards["clipscore"], raw)
     standardised.observe({"clipscore": raw})
     std = float(raw.double().std(correction=0)) + 1e-4
     torch.testing.assert_close(gradient(standardised), plain / std, rtol=1e-4, atol=1e-7)
@@ -157,7 +164,7 @@ def test_clipped_and_standardised_gradients(parts: tuple[Any, list[Any]]) -> Non
 
 def test_a_margin_below_every_reward_is_inactive(parts: tuple[Any, list[Any]]) -> None:
     z = latents().requires_grad_()
-    loss, metrics = make_panel(parts, 2).hinge(z, CAPTIONS, -10.0, torch.ones(5))
+    loss, metrics = pull_of(make_panel(parts, 2, margin=-10.0), z).on(z, torch.ones(5))
     (gradient,) = torch.autograd.grad(loss, z)
     assert float(loss.detach()) == 0 and float(metrics["hinge_active"]) == 0 and not gradient.any()
 
@@ -192,6 +199,7 @@ def test_scoring_waits_for_the_callers_stream(tiny_flux2: Path, tiny_clip: Path)
         rewards,
         Combination({"clipscore": 1.0}),
         ["clipscore"],
+        margin=3.0,
         thread=ScoringThread(device),
         score_chunk=2,
         backprop_chunk=1,
@@ -235,6 +243,7 @@ def test_a_close_look_adds_monitors_and_statistics(parts: tuple[Any, list[Any]])
         rewards,
         Combination({"clipscore": 1.0}),
         [],
+        margin=3.0,
         monitors=monitors,
         thread=ScoringThread(torch.device("cpu")),
         score_chunk=2,
