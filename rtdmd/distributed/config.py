@@ -34,6 +34,12 @@ def engine_config(path: str | Path, dtype: Dtype, max_grad_norm: float | None) -
     return config
 
 
+def offloads_parameters(config: dict[str, Any]) -> bool:
+    """Whether shards of parameters wait in host memory."""
+    offload = config.get("zero_optimization", {}).get("offload_param") or {}
+    return offload.get("device", "none") == "cpu"
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     """ZeRO stage 0 to 3 of a configuration."""
     return int(config.get("zero_optimization", {}).get("stage", 0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import deepspeed
@@ -53,21 +54,30 @@ def build_network(
         _allocate(network, device)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            _check_shape(source, name, getattr(parameter, "ds_shape", parameter.shape))
+            check_shape(source, name, getattr(parameter, "ds_shape", parameter.shape))
             if hasattr(parameter, "ds_tensor"):
                 _load_shard(parameter, name, source)
             else:
                 _load_whole(parameter, name, source)
             progress()
-        persistent = network.state_dict(keep_vars=True).keys()
-        for name, buffer in network.named_buffers():
-            if name in persistent:
-                _check_shape(source, name, buffer.shape)
-                buffer.copy_(source.read(name))
-    return _buffers_to(network, device)
+    load_buffers(network, source, device)
+    return network
 
 
-def _check_shape(source: TensorSource, name: str, shape: torch.Size) -> None:
+def load_buffers(network: nn.Module, source: TensorSource, device: torch.device) -> None:
+    """Fill the buffers that files hold, and move all of them to ``device``."""
+    persistent = network.state_dict(keep_vars=True).keys()
+    for name, buffer in network.named_buffers():
+        if name in persistent:
+            check_shape(source, name, buffer.shape)
+            buffer.copy_(source.read(name))
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def check_shape(source: TensorSource, name: str, shape: torch.Size) -> None:
+    """Raises UserError unless the stored tensor has the network's shape."""
     stored = source.shape(name)
     if tuple(stored) != tuple(shape):
         raise UserError(f"{name}: the weights have shape {tuple(stored)}, the network {tuple(shape)}")
@@ -98,21 +108,24 @@ def _load_shard(parameter: Any, name: str, source: TensorSource) -> None:
     The shard is the flat range [rank·n, (rank+1)·n) of the parameter, n elements a rank; it lies
     in the rows that cover the range. The last ranks' shards are padded.
     """
-    shard = parameter.ds_tensor
-    shape, total = tuple(parameter.ds_shape), parameter.ds_numel
-    per_row = max(total // shape[0], 1) if shape else 1
+    shard, total = parameter.ds_tensor, parameter.ds_numel
     start = min(deepspeed.comm.get_rank() * shard.numel(), total)
     stop = min(start + shard.numel(), total)
-    if start == stop:
+    if start < stop:
+        copy_flat(shard.data[: stop - start], source, name, parameter.ds_shape, start, stop)
+
+
+def copy_flat(
+    into: Tensor, source: TensorSource, name: str, shape: Sequence[int], start: int, stop: int
+) -> None:
+    """Elements start…stop of the flat tensor ``name``, a few rows at a time, into a tensor of that length."""
+    if not shape:
+        into.copy_(source.read(name).reshape(-1))
         return
-    first_row, last_row = start // per_row, -(-stop // per_row)
-    rows = source.read(name, first_row, last_row) if shape else source.read(name)
-    flat = rows.reshape(-1)[start - first_row * per_row : stop - first_row * per_row]
-    shard.data[: stop - start].copy_(flat)
-
-
-def _buffers_to(network: nn.Module, device: torch.device) -> nn.Module:
-    for module in network.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return network
+    per_row = max(math.prod(shape) // shape[0], 1)
+    step = max(_SLICE // per_row, 1)
+    for first_row in range(start // per_row, -(-stop // per_row), step):
+        last_row = min(first_row + step, -(-stop // per_row))
+        low, high = max(start, first_row * per_row), min(stop, last_row * per_row)
+        rows = source.read(name, first_row, last_row).reshape(-1)
+        into[low - start : high - start].copy_(rows[low - first_row * per_row : high - first_row * per_row])

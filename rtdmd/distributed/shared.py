@@ -1,61 +1,84 @@
 """A frozen network that several roles compute with, each through adapters of its own.
 
-The base is in memory once: replicated (ZeRO-0) or in shards (ZeRO-3). Adapters are attached after the
-base has been sharded, as ordinary tensors that every rank holds whole. They train without DeepSpeed: plain
+The base is in memory once: replicated, in a DeepSpeed engine (ZeRO-0), or in shards (ZeRO-3). Adapters are
+attached afterwards, as ordinary tensors that every rank holds whole. They train without DeepSpeed: plain
 backward, one reduction of an adapter's flat gradient, AdamW over its flat float32 masters.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.config import zero_stage
 from rtdmd.distributed.engine import TrainedEngine, adam_w, close_engine, collect_garbage, release
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.masters import MASTER, Piece, adam_state
+from rtdmd.distributed.sharding import BlockShards
 from rtdmd.recipe.schema import OptimizerSection
 
 
-class SharedBase:
-    """The base in its engine, for ``num_users`` roles; the last one that closes it frees its memory."""
+class SharedBase(ABC):
+    """A frozen network for ``num_users`` roles; the last one that leaves frees its memory."""
 
-    def __init__(self, network: nn.Module, config: dict[str, Any], num_users: int) -> None:
-        network.requires_grad_(False).eval()
-        self._engine, *_ = deepspeed.initialize(model=network, config=config)
-        self._engine.eval()
-        self._sharded: list[Any] = list(network.parameters()) if zero_stage(config) == 3 else []
+    def __init__(self, module: nn.Module, num_users: int) -> None:
+        self.module = module
         self._num_users = num_users
 
-    @property
-    def module(self) -> nn.Module:
-        """The network; past the engine, which under ZeRO-0 refuses a backward that isn't its own."""
-        return self._engine.module
-
-    def release_shards(self) -> None:
-        """Drop what ZeRO-3 has gathered: it waits for an engine's own backward and step to do so."""
-        if not self._sharded:
-            return
-        self._engine.optimizer.release_backward_leftovers()
-        for parameter in self._sharded:
-            if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
-                parameter.ds_active_sub_modules.clear()
-                parameter.partition()
+    @abstractmethod
+    def after_backward(self) -> None:
+        """A backward through the network is over."""
 
     def leave(self) -> None:
         """One role less."""
         self._num_users -= 1
         if self._num_users == 0:
-            close_engine(self._engine)
-            del self._engine
+            self._close()
             collect_garbage()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Free the memory."""
+
+
+class ReplicatedBase(SharedBase):
+    """Whole on every rank, in a DeepSpeed engine without optimizer.
+
+    Roles compute past the engine, which refuses a backward that isn't its own.
+    """
+
+    def __init__(self, network: nn.Module, config: dict[str, Any], num_users: int) -> None:
+        network.requires_grad_(False).eval()
+        self._engine, *_ = deepspeed.initialize(model=network, config=config)
+        self._engine.eval()
+        super().__init__(self._engine.module, num_users)
+
+    def after_backward(self) -> None:
+        """Nothing has been gathered."""
+
+    def _close(self) -> None:
+        close_engine(self._engine)
+        del self._engine
+
+
+class ShardedBase(SharedBase):
+    """In shards over the ranks, gathered block by block."""
+
+    def __init__(self, network: nn.Module, shards: BlockShards, num_users: int) -> None:
+        super().__init__(network, num_users)
+        self.shards = shards
+
+    def after_backward(self) -> None:
+        self.shards.after_backward()
+
+    def _close(self) -> None:
+        self.shards.close()
 
 
 class SharedNetwork:
@@ -176,7 +199,7 @@ class AdapterEngine(TrainedEngine):
 
     def _accumulate(self, loss: Tensor, last: bool) -> None:
         loss.backward()
-        self._base.release_shards()
+        self._base.after_backward()
         self.adapter.take_gradients()
         if last:
             self._ranks.average_(self.adapter.gradient)

@@ -51,9 +51,13 @@ def check_engines(report: Report, recipe: Recipe) -> None:
                     report.fault(key, path, f"ZeRO 0 keeps no float32 masters of bfloat16 weights; {advice}")
             compile_key = f"roles.{role}.compile"
             scope = value_at(recipe, compile_key)
-            if scope != "none" and _stage(content) == 3:
-                advice = f"{path} has ZeRO 3, whose hooks on every layer break compiled code to pieces"
-                report.fault(compile_key, scope, f"{advice}; use ZeRO 0 to 2 or compile: none")
+            if scope != "none" and _stage(content) == 3 and not is_shared:
+                advice = "use ZeRO 0 to 2, roles.engines: shared_base or compile: none"
+                broken = f"{path} has ZeRO 3, whose hooks on every layer break compiled code to pieces"
+                report.fault(compile_key, scope, f"{broken}; {advice}")
+            elif scope == "network" and _stage(content) == 3:
+                advice = f"{path} has ZeRO 3, which gathers a shared base block by block"
+                report.fault(compile_key, scope, f"{advice}; write blocks, or use ZeRO 0")
     if is_shared:
         _check_shared_base(report, recipe, contents)
 

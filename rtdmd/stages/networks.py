@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.config import engine_config
+from rtdmd.distributed.config import engine_config, offloads_parameters, zero_stage
 from rtdmd.distributed.engine import FrozenEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.loading import TensorSource, build_network
-from rtdmd.models.blocks import compile_forward, recomputation_of, recompute_activations
+from rtdmd.distributed.sharding import build_sharded
+from rtdmd.distributed.shared import ReplicatedBase, ShardedBase, SharedBase
+from rtdmd.models.blocks import blocks_of, compile_forward, recomputation_of, recompute_activations
 from rtdmd.models.lora import DEFAULT, adapter_parameters, attach_adapter, init_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.recomputation import Recomputation
@@ -74,17 +77,40 @@ class NetworkBuilder:
         self, section: TeacherSection | TrainedSection, start: Path | None, config: dict[str, Any]
     ) -> nn.Module:
         """A role's transformer, sharded as ``config`` says. Raises UserError for weights that don't fit."""
-        make, source = self.family.transformer_class, self.weights(self.recipe, section, start)
-        network = build_network(
-            lambda: make.from_config(source.config),  # type: ignore[attr-defined]
-            source,
-            config,
-            self.dtype,
-            self.ranks.device,
-            self.calls.touch,
-        )
+        with self._source(section, start) as (make, source):
+            return build_network(make, source, config, self.dtype, self.ranks.device, self.calls.touch)
+
+    def base(
+        self,
+        section: TeacherSection | TrainedSection,
+        start: Path | None,
+        config: dict[str, Any],
+        num_users: int,
+    ) -> SharedBase:
+        """A transformer for several roles, placed as ``config`` says. Raises UserError as :meth:`network`."""
+        if zero_stage(config) != 3:
+            return ReplicatedBase(self.network(section, start, config), config, num_users)
+        with self._source(section, start) as (make, source):
+            network, shards = build_sharded(
+                make,
+                lambda made: blocks_of(made, self.family.block_lists),
+                source,
+                self.dtype,
+                self.ranks,
+                offloads_parameters(config),
+                self.calls.touch,
+            )
+        return ShardedBase(network, shards, num_users)
+
+    @contextmanager
+    def _source(
+        self, section: TeacherSection | TrainedSection, start: Path | None
+    ) -> Iterator[tuple[Callable[[], nn.Module], NetworkWeights]]:
+        """What makes a role's transformer, and its weights."""
+        source = self.weights(self.recipe, section, start)
+        transformer_class: Any = self.family.transformer_class
+        yield lambda: transformer_class.from_config(source.config), source
         source.close()
-        return network
 
     def add_lora(self, role: str, network: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
         """A fresh adapter as the recipe has it; its factors, trainable, the only ones that are."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from rtdmd.distributed.config import engine_config
 from rtdmd.distributed.engine import FrozenEngine, TrainedEngine
-from rtdmd.distributed.shared import AdapterEngine, SharedBase, SharedNetwork
+from rtdmd.distributed.shared import AdapterEngine, SharedNetwork
 from rtdmd.models.adapters import Trained, read_trained
 from rtdmd.models.blocks import recompute_activations
 from rtdmd.models.lora import AdapterSelection, adapter_parameters, load_adapter
@@ -84,7 +84,7 @@ def _groups(builder: NetworkBuilder, occupants: Sequence[_Occupant]) -> list[lis
 
 
 def _on_one_base(builder: NetworkBuilder, group: Sequence[_Occupant]) -> dict[str, FrozenEngine]:
-    """Load the base, shard or place it, then attach the adapters of all its roles.
+    """Load and place the base, then attach the adapters of all its roles.
 
     What an earlier stage trained differs between roles: their adapters stay unmerged and frozen beneath the
     trainable ones. Full weights, and the adapter of a role that is alone on its base, are merged.
@@ -92,9 +92,9 @@ def _on_one_base(builder: NetworkBuilder, group: Sequence[_Occupant]) -> dict[st
     first = group[0]
     config = engine_config(first.section.engine, builder.recipe.dtype, None)
     is_merged = len(group) == 1 or first.trained.replacement is not None
-    network = builder.network(first.section, first.start if is_merged else None, config)
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in network.named_parameters()}
-    base = SharedBase(network, config, len(group))
+    base = builder.base(first.section, first.start if is_merged else None, config, len(group))
+    network = base.module
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     adapters = {
         each.name: [] if is_merged else _put_beneath(builder, each, network, shapes) for each in group
     }

@@ -36,7 +36,7 @@ def run_ranks(
         "DS_ACCELERATOR": accelerator,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     # Files, not pipes: a rank whose pipe is full would wait for its reader, and the others for it.
     outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed below)

@@ -20,6 +20,7 @@ from torch import Tensor
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog, Watchdog
 from rtdmd.distributed.masters import MASTER
+from rtdmd.distributed.shared import ShardedBase
 from rtdmd.errors import TrainingHalted
 from rtdmd.recipe import load_recipe
 from rtdmd.stages.assemble import Stage, build_stage
@@ -37,6 +38,17 @@ def first_velocity(stage: Stage, role: str) -> Tensor:
     text = stage.family.encode_prompts(["a red cube", "two cats"])
     x = torch.from_numpy(stage.draws.normal(0, "probe", [0, 1], stage.few.latent_shape).numpy())
     return getattr(stage.roles, role).velocity(text)(x, 0.7)
+
+
+def held(network: Any) -> list[Tensor]:
+    """What a rank keeps of a network while nothing is gathered; of a shared base without its adapters."""
+    base = getattr(network, "base", None)
+    if isinstance(base, ShardedBase):
+        return base.shards.shards
+    parameters = dict(network.module.named_parameters())
+    if base is not None:
+        parameters = {name: p for name, p in parameters.items() if ".lora_" not in name}
+    return [getattr(parameter, "ds_tensor", parameter) for parameter in parameters.values()]
 
 
 def masters(stage: Stage, role: str = "generator") -> dict[str, Tensor]:
@@ -142,7 +154,7 @@ def closed(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str
     storages = []
     for role in ROLES:
         engine = getattr(stage.roles, role).engine
-        storages += [getattr(p, "ds_tensor", p).untyped_storage() for p in engine.network.module.parameters()]
+        storages += [tensor.untyped_storage() for tensor in held(engine.network)]
         if role != "teacher":
             storages += [
                 piece.value.untyped_storage() for pieces in engine.state().values() for piece in pieces
@@ -159,17 +171,20 @@ def one_role_alone(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> 
     module = roles.generator.engine.network.module
     one_module = all(getattr(roles, role).engine.network.module is module for role in ROLES)
     trained = {id(p) for role in ROLES[1:] for p in getattr(roles, role).engine.adapter.parameters.values()}
-    beneath = {
-        name: getattr(p, "ds_tensor", p).detach().clone()
-        for name, p in module.named_parameters()
-        if id(p) not in trained
+    untrained = {
+        name: p for name, p in module.named_parameters() if ".lora_" in name and id(p) not in trained
     }
+    base = roles.generator.engine.network.base
+    untrained |= {
+        f"base {index}": tensor for index, tensor in enumerate(held(roles.generator.engine.network))
+    }
+    beneath = {name: tensor.detach().clone() for name, tensor in untrained.items()}
     before = {role: masters(stage, role) for role in ROLES[1:]}
     with torch.no_grad():
         velocities = {role: first_velocity(stage, role) for role in ROLES}
     engine = roles.fake_score.engine
     engine.backward(first_velocity(stage, "fake_score").square().mean(), last=True)
-    gathered = sum(hasattr(p, "ds_tensor") and p.data.numel() > 0 for p in module.parameters())
+    gathered = base.shards.gathered_bytes if isinstance(base, ShardedBase) else 0
     engine.step()
     with torch.no_grad():
         after = {role: first_velocity(stage, role) for role in ROLES}
@@ -183,9 +198,7 @@ def one_role_alone(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> 
         ],
         "predicts_otherwise": [role for role in ROLES if not torch.equal(velocities[role], after[role])],
         "beneath_moved": [
-            name
-            for name, p in module.named_parameters()
-            if name in beneath and not torch.equal(beneath[name], getattr(p, "ds_tensor", p))
+            name for name, tensor in untrained.items() if not torch.equal(beneath[name], tensor)
         ],
         "adapters_beneath": sum("_start0" in name for name in beneath),
     }

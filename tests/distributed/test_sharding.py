@@ -1,0 +1,154 @@
+"""A frozen network in shards, gathered block by block: the same numbers, and no more memory than two blocks.
+
+One process with its shards in host memory goes the same ways as several ranks, which test_parity.py has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtdmd.distributed.collectives import Ranks
+from rtdmd.distributed.sharding import BlockShards, build_sharded
+from rtdmd.errors import UserError
+from rtdmd.models import get_family
+from rtdmd.models.blocks import (
+    blocks_of,
+    compile_forward,
+    recomputation_of,
+    recompute_activations,
+)
+from rtdmd.models.lora import adapter_parameters, attach_adapter, init_adapter
+from rtdmd.models.weights import WeightSource
+from rtdmd.randomness import Draws
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+Case = tuple[Any, Path]
+
+
+@pytest.fixture(params=["flux2", "sd3"])
+def case(request: Any, tiny_flux2: Path, tiny_sd3: Path) -> Case:
+    folder = {"flux2": tiny_flux2, "sd3": tiny_sd3}[request.param]
+    family = get_family(request.param).load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    return family, folder
+
+
+def build(case: Case, dtype: torch.dtype = torch.float32, **source: Any) -> tuple[Any, BlockShards]:
+    family, folder = case
+    weights = WeightSource(str(folder), **source)
+    return build_sharded(
+        lambda: family.transformer_class.from_config(weights.config),
+        lambda network: blocks_of(network, family.block_lists),
+        weights,
+        dtype,
+        ALONE,
+        True,
+        lambda: None,
+    )
+
+
+def adapt(network: nn.Module, family: Any, policy: Any) -> dict[str, nn.Parameter]:
+    """With an adapter that isn't zero, and blocks recomputed as ``policy`` says."""
+    attach_adapter(network, 4, 8.0, family.lora_targets)
+    init_adapter(network, 0.1, lambda name, shape: torch.ones(*shape))
+    factors = adapter_parameters(network)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.copy_(0.1 * Draws(0, "test").normal(0, "lora", [name], factor.shape)[0])
+    recomputation = recomputation_of(network, policy, family.block_lists)
+    recompute_activations(network, lambda: recomputation)
+    return factors
+
+
+def inputs(family: Any) -> tuple[Tensor, Any]:
+    text = family.encode_prompts(["a red cube", "two cats"])
+    return Draws(0, "test").normal(0, "x", [0, 1], family.latent_shape(64, 64)), text
+
+
+def gradients(network: Any, factors: dict[str, nn.Parameter], family: Any) -> tuple[Tensor, list[Tensor]]:
+    """Of a loss over two forwards, after a forward without gradient."""
+    x, text = inputs(family)
+    with torch.no_grad():
+        first = family.predict_velocity(network, x, 0.9, text)
+    second = family.predict_velocity(network, first, 0.7, text)
+    third = family.predict_velocity(network, second, 0.3, text)
+    loss = (second - third).square().mean()
+    return loss.detach(), list(torch.autograd.grad(loss, list(factors.values())))
+
+
+def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
+    family, folder = case
+    network = family.transformer_class.from_pretrained(folder, subfolder="transformer")
+    return gradients(network, adapt(network, family, "none"), family)
+
+
+def check(case: Case, network: Any, shards: BlockShards, policy: Any) -> None:
+    family, _ = case
+    factors = adapt(network, family, policy)
+    for _ in range(2):  # the second time with what the first has left behind
+        loss, found = gradients(network, factors, family)
+        shards.after_backward()
+        assert shards.gathered_bytes == 0
+        expected_loss, expected_gradients = expected(case)
+        torch.testing.assert_close(loss, expected_loss)
+        for mine, theirs in zip(found, expected_gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_gradients_are_the_whole_networks(case: Case, policy: str) -> None:
+    network, shards = build(case)
+    check(case, network, shards, policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_gradients_of_compiled_blocks_are_the_whole_networks(case: Case, policy: str) -> None:
+    """Compiled code keeps views of parameters for backward."""
+    network, shards = build(case)
+    factors = adapt(network, case[0], policy)
+    compile_forward(network, "blocks", case[0].block_lists)
+    loss, found = gradients(network, factors, case[0])
+    expected_loss, expected_gradients = expected(case)
+    torch.testing.assert_close(loss, expected_loss)
+    for mine, theirs in zip(found, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_two_blocks_and_what_is_in_none_are_whole_at_a_time(case: Case, policy: str) -> None:
+    family, _ = case
+    network, shards = build(case)
+    factors = adapt(network, family, policy)
+    sizes = sorted(shard.nbytes for shard in shards.shards[1:])
+    allowed = shards.shards[0].nbytes + sizes[-1] + sizes[-2]
+    peaks: list[int] = []
+    for block in blocks_of(network, family.block_lists):
+        block.register_forward_pre_hook(lambda *_: peaks.append(shards.gathered_bytes))
+    for factor in factors.values():
+        factor.register_hook(lambda gradient: peaks.append(shards.gathered_bytes))
+    gradients(network, factors, family)
+    assert len(peaks) > len(factors) and 0 < max(peaks) <= allowed < sum(sizes)
+
+
+def test_nothing_is_whole_outside_of_forward_and_nothing_is_left_when_closed(case: Case) -> None:
+    family, _ = case
+    network, shards = build(case)
+    x, text = inputs(family)
+    assert shards.gathered_bytes == 0
+    with torch.no_grad():
+        family.predict_velocity(network, x, 0.9, text)
+    assert shards.gathered_bytes == 0
+    assert all(parameter.untyped_storage().nbytes() == 0 for parameter in network.parameters())
+    shards.close()
+    assert all(shard.untyped_storage().nbytes() == 0 for shard in shards.shards)
+
+
+def test_weights_of_another_shape_are_refused(tiny_flux2: Path) -> None:
+    family = get_family("flux2").load(str(tiny_flux2), device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"x_embedder\.weight: the weights have shape \(3, 3\)"):
+        build((family, tiny_flux2), replacement={"x_embedder.weight": torch.zeros(3, 3)})
