@@ -171,20 +171,18 @@ def one_role_alone(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> 
     module = roles.generator.engine.network.module
     one_module = all(getattr(roles, role).engine.network.module is module for role in ROLES)
     trained = {id(p) for role in ROLES[1:] for p in getattr(roles, role).engine.adapter.parameters.values()}
-    untrained = {
-        name: p for name, p in module.named_parameters() if ".lora_" in name and id(p) not in trained
-    }
-    base = roles.generator.engine.network.base
-    untrained |= {
-        f"base {index}": tensor for index, tensor in enumerate(held(roles.generator.engine.network))
-    }
+    network = roles.generator.engine.network
+    adapters = {name: p for name, p in module.named_parameters() if ".lora_" in name}
+    untrained = {name: p for name, p in adapters.items() if id(p) not in trained}
+    untrained |= {f"base {index}": tensor for index, tensor in enumerate(held(network))}
     beneath = {name: tensor.detach().clone() for name, tensor in untrained.items()}
     before = {role: masters(stage, role) for role in ROLES[1:]}
     with torch.no_grad():
         velocities = {role: first_velocity(stage, role) for role in ROLES}
     engine = roles.fake_score.engine
     engine.backward(first_velocity(stage, "fake_score").square().mean(), last=True)
-    gathered = base.shards.gathered_bytes if isinstance(base, ShardedBase) else 0
+    is_sharded = isinstance(network.base, ShardedBase)
+    gathered = network.base.shards.gathered_bytes if is_sharded else 0
     engine.step()
     with torch.no_grad():
         after = {role: first_velocity(stage, role) for role in ROLES}

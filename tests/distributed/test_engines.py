@@ -129,7 +129,7 @@ def results(
         root / "shared_zero0", "small_steps", tiny_flux2, *overrides, *shared("zero0")
     )
     cases["shared_closed"] = case(
-        root / "shared_closed", "closed", tiny_flux2, *small, *shared("tiny_frozen_zero3")
+        root / "shared_closed", "closed", tiny_flux2, *small, *shared("frozen_zero3")
     )
     lora = {family: expected[f"{family}-lora"][0] for family in ("flux2", "sd3")}
     rewards = (f"rewards=[{{name: clipscore, weights: {tiny_clip}}}]", "rtdmd.sample_batch_size=2")
@@ -139,9 +139,9 @@ def results(
     ]
     own_base = f"roles.generator.weights={tiny_flux2}/."  # the same weights, but not the same base
     for name, scenario, family, pipeline, *more in (
-        ("two_bases", "velocities", "flux2", tiny_flux2, own_base, *shared("tiny_frozen_zero3")),
+        ("two_bases", "velocities", "flux2", tiny_flux2, own_base, *shared("frozen_zero3")),
         ("one_base", "velocities", "sd3", tiny_sd3, *shared("zero0")),
-        ("alone_zero3", "one_role_alone", "flux2", tiny_flux2, *shared("tiny_frozen_zero3")),
+        ("alone_zero3", "one_role_alone", "flux2", tiny_flux2, *shared("frozen_zero3")),
         ("alone_zero0", "one_role_alone", "sd3", tiny_sd3, *shared("zero0")),
         ("moved", "to_and_from_a_shared_base", "sd3", tiny_sd3, *separate, "rtdmd.num_sample_batches=1"),
     ):

@@ -102,8 +102,11 @@ CASES = [
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero2")),
     shared("cold_start", extra=PLAIN_LAYOUT[:1]),
     shared("rtdmd", "sd3", extra=ACCUMULATED),
-    shared("cold_start", "sd3", "tiny_frozen_zero3", extra=ACCUMULATED),
+    shared("cold_start", "sd3", "frozen_zero3", extra=ACCUMULATED),
+    shared("rtdmd", engine="frozen_zero3", extra=PLAIN_LAYOUT[1:]),
 ]
+# Where a shared base may be.
+PLACES = ("zero0", "frozen_zero3", "frozen_zero3_offload")
 # The same in further combinations.
 MORE_CASES = [
     *(Case("cold_start", family, steps=3, extra=ACCUMULATED) for family in ("flux2", "sd3")),
@@ -114,7 +117,7 @@ MORE_CASES = [
     *(Case("rtdmd", engine=engine) for engine in ("zero0", "zero2")),
     Case("cold_start", trains="full", engine="zero2"),
     shared("rtdmd", "sd3", steps=3, extra=ACCUMULATED),
-    shared("rtdmd", engine="tiny_frozen_zero3", extra=SELECTIVE[1:]),
+    *(shared("rtdmd", engine=engine, extra=SELECTIVE[1:]) for engine in PLACES),
 ]
 
 
@@ -251,6 +254,11 @@ def test_further_layouts_equal_plain_pytorch(
     got = compute(MORE_CASES, 2, tmp_path, pipelines, tiny_clip)
     for case in MORE_CASES:
         assert_plain(case, got[case.name, 2], references, pipelines, tiny_clip)
+    # Where the base is changes no bit.
+    first, *others = (got[case.name, 2]["gradients"] for case in MORE_CASES[-len(PLACES) :])
+    for gradients in others:
+        for (_, mine), (_, theirs) in zip(gradients, first, strict=True):
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 COMPILED_CASES = [
@@ -258,8 +266,8 @@ COMPILED_CASES = [
     for family in ("flux2", "sd3")
     for engine in ("zero0", "zero2")
 ] + [
-    Case("cold_start", family, engine="zero0", extra=(*COMPILED, "roles.engines=shared_base"))
-    for family in ("flux2", "sd3")
+    shared("cold_start", family, engine, extra=COMPILED[1:])
+    for family, engine in (("flux2", "zero0"), ("sd3", "zero0"), ("flux2", "frozen_zero3"))
 ]
 
 
@@ -268,11 +276,15 @@ def test_compiled_blocks_equal_plain_pytorch(
     tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path
 ) -> None:
     """With recomputation; also a second update finds the graphs of the first."""
-    got = compute(COMPILED_CASES, 1, tmp_path, pipelines, tiny_clip)
-    for case in COMPILED_CASES:
-        recipe = load_recipe("recipes/dry_run.yaml", overrides(case, pipelines, tiny_clip, 1))
-        expected = reference_cold_start(recipe, 1, case.steps)
-        assert_equal(got[case.name, 1], {"gradients": expected.gradients, "weights": expected.weights})
+    for ranks in (1, 2):  # on one rank a base in shards is there as a whole
+        cases = COMPILED_CASES if ranks == 1 else COMPILED_CASES[-1:]
+        got = compute(cases, ranks, tmp_path, pipelines, tiny_clip)
+        for case in cases:
+            recipe = load_recipe("recipes/dry_run.yaml", overrides(case, pipelines, tiny_clip, ranks))
+            expected = reference_cold_start(recipe, ranks, case.steps)
+            assert_equal(
+                got[case.name, ranks], {"gradients": expected.gradients, "weights": expected.weights}
+            )
 
 
 def test_one_rank_equals_two(

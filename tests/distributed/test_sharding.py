@@ -109,7 +109,7 @@ def test_gradients_are_the_whole_networks(case: Case, policy: str) -> None:
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_gradients_of_compiled_blocks_are_the_whole_networks(case: Case, policy: str) -> None:
     """Compiled code keeps views of parameters for backward."""
-    network, shards = build(case)
+    network, _ = build(case)
     factors = adapt(network, case[0], policy)
     compile_forward(network, "blocks", case[0].block_lists)
     loss, found = gradients(network, factors, case[0])
