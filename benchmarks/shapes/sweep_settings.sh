@@ -5,8 +5,8 @@
 set -uo pipefail
 out=$1
 what=$2
-cold=${3:-300}
-rtdmd=${4:-300}
+cold=${3:-420}
+rtdmd=${4:-440}
 gpus=$(nvidia-smi -L | wc -l)
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
 mkdir -p "$out" build/sweep
@@ -43,13 +43,10 @@ if [ "$what" = demo ]; then
   try d-rate "$@" $low rtdmd.generator.learning_rate=6e-4
   try d-reward "$@" $low rtdmd.distribution_matching_weight=0.25 rtdmd.generator.learning_rate=5e-4
 else
-  set -- --every 40 --captions 1024 $wide cold_start.batch_size=256 cold_start.generator_every=2 cold_start.ema_decay=0.97 \
-    rtdmd.sample_batch_size=256 rtdmd.num_sample_batches=1 rtdmd.score_batch_size=256 \
-    rtdmd.reward_backprop.micro_batch_size=256 rtdmd.ema_decay=0.95
-  try f-balanced "$@" $(rates 5e-4 1e-3) schedule.shift=2.5 $(tune 1 0.05 0.05 3e-4)
-  try f-guide "$@" $(rates 3e-4 6e-4) schedule.shift=3 model.guidance_scale=4 $(tune 1 0.02 0.05 5e-4)
-  try f-narrow "$@" lora.init_std.cold_start=null $(rates 5e-4 1e-3) schedule.shift=2.5 $(tune 1 0.2 0.4 3e-4)
-  try f-policy "$@" $(rates 5e-4 5e-4) schedule.shift=2.5 $(tune 5 0.05 0.05 3e-4)
+  # Longer than the recipe, to see where to stop.
+  set -- --every 60 --captions 512 --keep "$out" cold_start.iterations=20000 rtdmd.epochs=20000
+  try s-plain "$@" schedule.shift=2.5 model.guidance_scale=3 $(tune 1 0.2 0.4 3e-4)
+  try s-guide "$@" schedule.shift=3 model.guidance_scale=4 $(tune 1 1 4 3e-4)
 fi
 wait
 wc -l "$out/sweep.jsonl"

@@ -67,6 +67,17 @@ def compile_forward(network: nn.Module, scope: Compile, lists: Sequence[str]) ->
         module.forward = torch.compile(module.forward, dynamic=False)
 
 
+def compile_layers(encoder: nn.Module) -> None:
+    """Compile each layer of a text encoder: the modules of its longest list.
+
+    The number of prompts may differ from call to call; from the second on it is a variable of one graph.
+    """
+    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    for layer in max(lists, key=len):
+        layer.forward = torch.compile(layer.forward)
+
+
 def num_compiled_graphs() -> int:
     """Graphs that this process has compiled so far; it stops growing once all shapes have been seen."""
     return int(counters["stats"]["unique_graphs"])

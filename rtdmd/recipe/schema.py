@@ -14,6 +14,7 @@ Trains = Literal["lora", "full"]
 RewardMode = Literal["default", "official"]
 Checkpointing = Literal["none", "selective", "full", "auto"]
 Compile = Literal["none", "blocks", "network"]
+CompileLayers = Literal["none", "blocks"]
 TextEncoder = Literal["device", "offload", "once"]
 Engines = Literal["separate", "shared_base"]
 
@@ -37,6 +38,7 @@ class ModelSection:
     # Where text encoders wait: on the device; offload: in host memory, moved to the device for each use;
     # once: nowhere, all of a stage's prompts are encoded at its start and must fit prompt_embeddings_gib.
     text_encoder: TextEncoder = "device"
+    text_encoder_compile: CompileLayers = "none"  # by torch.compile, each layer by itself
 
 
 @dataclass(frozen=True)

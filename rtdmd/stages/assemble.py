@@ -13,6 +13,7 @@ from rtdmd.distributed.guard import CallLog
 from rtdmd.errors import UserError
 from rtdmd.models import get_family
 from rtdmd.models.adapters import read_trained
+from rtdmd.models.blocks import compile_layers
 from rtdmd.models.hosting import host_networks
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.weights import WeightSource
@@ -92,6 +93,9 @@ def build_stage(
     settings = recipe.cold_start if name == "cold_start" else recipe.rtdmd
     prompts = PromptSet.load(settings.prompts)
     family = loaders.family(recipe, ranks.device)
+    if model.text_encoder_compile == "blocks":
+        for network in family.text_encoders:
+            compile_layers(network)
     encoders = [] if model.text_encoder == "device" else host_networks(family.text_encoders, ranks.device)
     texts = encode_texts(recipe, family, prompts, calls.touch)
     draws = Draws(recipe.seed, name)

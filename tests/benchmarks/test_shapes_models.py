@@ -122,13 +122,6 @@ def test_the_shipped_teacher_is_of_these_captions() -> None:
     assert first["prompt"] not in prompts
 
 
-def test_guidance_is_the_recipes() -> None:
-    assert (
-        load_recipe("recipes/shapes.yaml").model.guidance_scale
-        == TEACHERS["teacher, 50 steps"].guidance_scale
-    )
-
-
 def test_background_entropy_of_known_pictures() -> None:
     """Half of the pictures rose, half sky: one bit."""
     rose, sky = torch.tensor([246, 214, 214]), torch.tensor([206, 222, 246])

@@ -14,6 +14,7 @@ from rtdmd.models import get_family
 from rtdmd.models.blocks import (
     blocks_of,
     compile_forward,
+    compile_layers,
     num_compiled_graphs,
     recomputation_of,
     recompute_activations,
@@ -183,6 +184,28 @@ def test_compiled_gradients_are_the_eager_ones(
     network.zero_grad()
     assert_close(gradients(family, network, text), expected, 1e-5)
     assert num_compiled_graphs() == compiled  # the same shapes compile nothing again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_compiled_text_encoders_encode_as_eager_ones_do(family_name: str, pipelines: dict[str, Path]) -> None:
+    """For one prompt and several; a third number of prompts compiles nothing more."""
+    family, _ = load(family_name, pipelines[family_name])
+    batches = [["a red circle", "two cats", "rain"][:count] for count in (1, 2, 3)]
+    expected = [family.encode_prompts(batch).tensors for batch in batches]
+    torch.compiler.reset()
+    for encoder in family.text_encoders:
+        compile_layers(encoder)
+    before = num_compiled_graphs()
+    for batch, tensors in zip(batches[:2] * 2, expected[:2] * 2, strict=True):
+        got = family.encode_prompts(batch).tensors
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5)
+    compiled = num_compiled_graphs()
+    assert compiled > before
+    for name, tensor in family.encode_prompts(batches[2]).tensors.items():
+        torch.testing.assert_close(tensor, expected[2][name], rtol=1e-4, atol=1e-5)
+    assert num_compiled_graphs() == compiled
 
 
 @pytest.mark.slow
