@@ -11,6 +11,7 @@ mkdir -p "$out"
 replicated=(roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
   roles.fake_score.engine=ds_configs/zero2.json)
 shared=(with=recipes/layouts/shared_base.yaml) # compiled too
+sharded=(with=recipes/layouts/shared_base_zero3.yaml)
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
 recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
 # The time of an iteration is linear in the stop index: 1 and 4 have the mean of 1 to 4.
@@ -44,14 +45,20 @@ for name in "$@"; do
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_sharded) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
     rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
-    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=1 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
+    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
+    nine_sharded) run "$name" recipes/flux2_9b.yaml "${sharded[@]}" cold_start.micro_batch_size=3 "${short[@]}" ;;
+    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${sharded[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=1 ;;
     nine) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
     nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload cold_start.micro_batch_size=3 "${short[@]}" ;;
     nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" rtdmd.fake_score_micro_batch_size=1 ;;
-    sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.batch_size=9 cold_start.micro_batch_size=9 "${short[@]}" ;;
+    sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" ;;
+    sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" --baseline ;;
+    sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) cold_start.micro_batch_size=3 "${short[@]}" ;;
     *) echo "$name: no such case" >&2 ;;
   esac
 done

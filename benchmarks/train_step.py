@@ -126,11 +126,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> Recipe:
     return measured
 
 
-def cold_start_numbers(every: int, with_generator: bool) -> Callable[[int], int]:
-    """The k-th iteration that does, or doesn't, update the generator."""
-    if with_generator:
-        return lambda k: every * k + every - 1
-    return lambda k: every * (k // (every - 1)) + k % (every - 1)
+def unmonitored(k: int, every: int) -> int:
+    """The k-th epoch that doesn't look at the monitors, which every ``every``-th does, from 0 on."""
+    return every * (k // (every - 1)) + k % (every - 1) + 1 if every > 1 else k
 
 
 def blended(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -209,11 +207,10 @@ def cold_start_cases(bench: Bench) -> Iterator[Case]:
 def bench_cold_start(bench: Bench, built: Built, *, stop: int, with_generator: bool) -> dict[str, Any]:
     """Iterations whose rollouts end after ``stop`` steps."""
     built.stage.draws = StopAt(built.draws, stop)  # type: ignore[assignment]
-    number = cold_start_numbers(bench.recipe.cold_start.generator_every, with_generator)
-
-    def run(k: int) -> None:
-        step(bench, built, number(k))
-
+    # One iteration after the other, as in the loop: each encodes the next one's prompts.
+    every = 1 if with_generator else sys.maxsize
+    built.stage.settings = replace(bench.recipe.cold_start, generator_every=every)
+    run = partial(step, bench, built)
     forwards = cold_start_forwards(bench.recipe, stop, with_generator)
     row = bench.measure(run, bench.recipe.cold_start.batch_size, forwards)
     return row | {"phases": bench.phases(built.clock, run)}
@@ -231,7 +228,7 @@ def bench_rtdmd(bench: Bench, built: Built, *, samples: int) -> dict[str, Any]:
     every = bench.recipe.rtdmd.monitor_every
 
     def run(k: int) -> None:
-        step(bench, built, cold_start_numbers(every, False)(k) + 1 if every > 1 else k)
+        step(bench, built, unmonitored(k, every))
 
     row = bench.measure(run, samples, rtdmd_forwards(bench.recipe))
     return row | {"phases": bench.phases(built.clock, run)}

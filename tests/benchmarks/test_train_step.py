@@ -60,8 +60,8 @@ def test_evaluations_of_the_published_recipe() -> None:
 
 
 def test_numbers_of_iterations() -> None:
-    assert [train_step.cold_start_numbers(3, True)(k) for k in range(3)] == [2, 5, 8]
-    assert [train_step.cold_start_numbers(3, False)(k) for k in range(5)] == [0, 1, 3, 4, 6]
+    assert [train_step.unmonitored(k, 3) for k in range(5)] == [1, 2, 4, 5, 7]
+    assert [train_step.unmonitored(k, 1) for k in range(2)] == [0, 1]
 
 
 def test_blended_is_nine_to_one() -> None:
