@@ -63,6 +63,8 @@ class BlockShards:
             module.register_forward_hook(partial(self._after_forward, index))
 
     def _before_forward(self, index: int, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if index == 0:  # the network itself, which is never computed once more
+            self._backward = False
         if self._backward:  # computed once more; `_before_backward` has gathered it
             return None
         self._gather(index, index + 1)
@@ -76,6 +78,7 @@ class BlockShards:
 
     def _before_backward(self, index: int) -> None:
         self._backward = True
+        self._gather(0, 0)  # a loss of a block's own output doesn't pass through the network's
         self._gather(index, index - 1 if index > 0 else len(self._units) - 1)
 
     def after_backward(self) -> None:

@@ -69,6 +69,11 @@ def _check_base_engine(report: Report, key: str, path: str, content: dict[str, A
     if isinstance(zero, dict) and _offloads(zero, "offload_optimizer"):
         advice = "the adapters on a shared base stay on the GPU; use ds_configs/frozen_zero3_offload.json"
         report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")
+    offload = zero.get("offload_param") if isinstance(zero, dict) else None
+    device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+    if device not in ("none", "cpu"):
+        advice = "a shared base waits on the GPU or in host memory; write cpu, or roles.engines: separate"
+        report.fault(key, path, f"offload_param.device is {json.dumps(device)}: {advice}")
 
 
 def _check_shared_base(report: Report, recipe: Recipe, contents: dict[str, dict[str, Any] | None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,10 +70,9 @@ class Combination:
             if self._decay is not None and len(finite):
                 moments.update(finite, self._decay)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether there is a :meth:`total`: standardising takes an epoch's scores first."""
-        return all(moments.total_weight > 0 for moments in self._moments.values())
+    def is_ready(self, names: Iterable[str]) -> bool:
+        """Whether there is a :meth:`total` of these rewards: standardising takes an epoch's scores first."""
+        return all(self._moments[name].total_weight > 0 for name in names if name in self._moments)
 
     def total(self, rewards: Scores) -> Tensor:
         """What the hinge sees of some rewards' raw scores, [B]; differentiable."""

@@ -66,6 +66,11 @@ class RewardPanel:
         self._backprop_chunk = backprop_chunk
         self._progress = progress
 
+    @property
+    def back_propagated(self) -> list[str]:
+        """Names of the rewards whose gradient is used."""
+        return [reward.name for reward in self._backprop]
+
     def start_scoring(self, latents: Tensor, captions: Captions, *, closely: bool) -> Future[Scored]:
         """What :meth:`score` will give, computed beside the caller; keep ``latents`` until then."""
         return self._thread.submit(lambda: self.score(latents, captions, closely=closely))
@@ -77,7 +82,8 @@ class RewardPanel:
         All of it is on the CPU. ``closely`` adds the monitors' scores and what the pictures are like. The
         pull is missing if no reward is back-propagated, or none yet: standardising takes an epoch's scores.
         """
-        pulls = bool(self._backprop) and self.combination.is_ready
+        names = self.back_propagated
+        pulls = bool(names) and self.combination.is_ready(names)
         parts = []
         for part in _chunks(len(latents), self._score_chunk):
             if pulls:
@@ -114,7 +120,9 @@ class RewardPanel:
                 leaf = latents[part].detach().requires_grad_()
                 images = self._family.decode(leaf)
                 scores = {
-                    reward.name: reward.score(images, captions[part].prompts, captions[part].metadata)
+                    reward.name: reward.score(images, captions[part].prompts, captions[part].metadata).to(
+                        latents.device
+                    )
                     for reward in self._backprop
                 }
                 losses = reward_hinge(self.combination.total(scores), self._margin)

@@ -81,7 +81,7 @@ class Rtdmd:
         generator_norm = self._update_generator(epoch, records, advantages, drawn, means)
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
         metrics = scores.metrics() | means.read(self._ranks) | norms
-        notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(metrics)]
+        notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(epoch, metrics)]
         notices += self.roles.after_step(True)
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
@@ -99,14 +99,19 @@ class Rtdmd:
         self.panel.combination.restore(state["combination"])
         self._alarms.restore(state["alarms"])
 
-    def _hinge_notices(self, metrics: dict[str, float]) -> list[str]:
-        if metrics.get("generator/hinge_active") != 0:
-            return []
-        backprop = self.settings.reward_backprop
-        return [
-            f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "
-            "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
-        ]
+    def _hinge_notices(self, epoch: int, metrics: dict[str, float]) -> list[str]:
+        backprop, names = self.settings.reward_backprop, self.panel.back_propagated
+        active = metrics.get("generator/hinge_active")
+        if active is None and names and epoch > 0:
+            return [f"no reward was back-propagated: there are no statistics yet to standardise {names} by"]
+        return (
+            []
+            if active != 0
+            else [
+                f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "
+                "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
+            ]
+        )
 
     @torch.no_grad()
     def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:

@@ -26,26 +26,30 @@ from rtdmd.models.lora import adapter_parameters, attach_adapter, init_adapter
 from rtdmd.models.weights import WeightSource
 from rtdmd.randomness import Draws
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-Case = tuple[Any, Path]
+Case = tuple[Any, Path, torch.device]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: Any) -> torch.device:
+    return torch.device(request.param)
 
 
 @pytest.fixture(params=["flux2", "sd3"])
-def case(request: Any, tiny_flux2: Path, tiny_sd3: Path) -> Case:
+def case(request: Any, tiny_flux2: Path, tiny_sd3: Path, device: torch.device) -> Case:
     folder = {"flux2": tiny_flux2, "sd3": tiny_sd3}[request.param]
-    family = get_family(request.param).load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
-    return family, folder
+    family = get_family(request.param).load(str(folder), device=device, dtype=torch.float32)
+    return family, folder, device
 
 
 def build(case: Case, dtype: torch.dtype = torch.float32, **source: Any) -> tuple[Any, BlockShards]:
-    family, folder = case
+    family, folder, device = case
     weights = WeightSource(str(folder), **source)
     return build_sharded(
         lambda: family.transformer_class.from_config(weights.config),
         lambda network: blocks_of(network, family.block_lists),
         weights,
         dtype,
-        ALONE,
+        Ranks(0, 1, device),
         True,
         lambda: None,
     )
@@ -58,6 +62,7 @@ def adapt(network: nn.Module, family: Any, policy: Any) -> dict[str, nn.Paramete
     factors = adapter_parameters(network)
     with torch.no_grad():
         for name, factor in factors.items():
+            factor.data = factor.to(family.vae.device)
             factor.copy_(0.1 * Draws(0, "test").normal(0, "lora", [name], factor.shape)[0])
     recomputation = recomputation_of(network, policy, family.block_lists)
     recompute_activations(network, lambda: recomputation)
@@ -66,7 +71,8 @@ def adapt(network: nn.Module, family: Any, policy: Any) -> dict[str, nn.Paramete
 
 def inputs(family: Any) -> tuple[Tensor, Any]:
     text = family.encode_prompts(["a red cube", "two cats"])
-    return Draws(0, "test").normal(0, "x", [0, 1], family.latent_shape(64, 64)), text
+    x = Draws(0, "test").normal(0, "x", [0, 1], family.latent_shape(64, 64))
+    return x.to(family.vae.device), text
 
 
 def gradients(network: Any, factors: dict[str, nn.Parameter], family: Any) -> tuple[Tensor, list[Tensor]]:
@@ -81,13 +87,13 @@ def gradients(network: Any, factors: dict[str, nn.Parameter], family: Any) -> tu
 
 
 def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
-    family, folder = case
-    network = family.transformer_class.from_pretrained(folder, subfolder="transformer")
+    family, folder, device = case
+    network = family.transformer_class.from_pretrained(folder, subfolder="transformer").to(device)
     return gradients(network, adapt(network, family, "none"), family)
 
 
 def check(case: Case, network: Any, shards: BlockShards, policy: Any) -> None:
-    family, _ = case
+    family, *_ = case
     factors = adapt(network, family, policy)
     for _ in range(2):  # the second time with what the first has left behind
         loss, found = gradients(network, factors, family)
@@ -119,9 +125,48 @@ def test_gradients_of_compiled_blocks_are_the_whole_networks(case: Case, policy:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
+def test_a_backward_that_broke_off_harms_no_later_forward(case: Case) -> None:
+    family, *_ = case
+    network, shards = build(case)
+    factors = adapt(network, family, "full")
+    x, text = inputs(family)
+
+    def fail(_gradient: Tensor) -> None:
+        raise RuntimeError("broken off")
+
+    handle = next(iter(factors.values())).register_hook(fail)
+    with pytest.raises(RuntimeError, match="broken off"):
+        family.predict_velocity(network, x, 0.9, text).square().mean().backward()
+    handle.remove()
+    found = gradients(network, factors, family)
+    shards.after_backward()
+    for mine, theirs in zip(found[1], expected(case)[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_of_a_blocks_own_output_has_its_gradient(case: Case) -> None:
+    """It doesn't pass through the network's output, yet reaches what is in no block before it."""
+    family, folder, device = case
+
+    def gradient(network: Any) -> Tensor:
+        seen: list[Tensor] = []
+        block = blocks_of(network, family.block_lists)[1]
+        block.register_forward_hook(lambda _module, _args, output: seen.append(output[-1]))
+        x, text = inputs(family)
+        x.requires_grad_()
+        family.predict_velocity(network, x, 0.9, text)
+        return torch.autograd.grad(seen[0].square().mean(), x)[0]
+
+    network, shards = build(case)
+    found = gradient(network)
+    shards.after_backward()
+    plain = family.transformer_class.from_pretrained(folder, subfolder="transformer").to(device)
+    torch.testing.assert_close(found, gradient(plain.requires_grad_(False)), rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_two_blocks_and_what_is_in_none_are_whole_at_a_time(case: Case, policy: str) -> None:
-    family, _ = case
+    family, *_ = case
     network, shards = build(case)
     factors = adapt(network, family, policy)
     sizes = sorted(shard.nbytes for shard in shards.shards[1:])
@@ -136,7 +181,7 @@ def test_two_blocks_and_what_is_in_none_are_whole_at_a_time(case: Case, policy: 
 
 
 def test_nothing_is_whole_outside_of_forward_and_nothing_is_left_when_closed(case: Case) -> None:
-    family, _ = case
+    family, *_ = case
     network, shards = build(case)
     x, text = inputs(family)
     assert shards.gathered_bytes == 0
@@ -151,4 +196,4 @@ def test_nothing_is_whole_outside_of_forward_and_nothing_is_left_when_closed(cas
 def test_weights_of_another_shape_are_refused(tiny_flux2: Path) -> None:
     family = get_family("flux2").load(str(tiny_flux2), device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(UserError, match=r"x_embedder\.weight: the weights have shape \(3, 3\)"):
-        build((family, tiny_flux2), replacement={"x_embedder.weight": torch.zeros(3, 3)})
+        build((family, tiny_flux2, torch.device("cpu")), replacement={"x_embedder.weight": torch.zeros(3, 3)})

@@ -407,7 +407,10 @@ def test_a_shared_base_may_be_replicated_or_in_shards(write_recipe: Write) -> No
     check(write_recipe(), *SHARED)
     zero3 = [item.replace("zero0", "frozen_zero3") for item in SHARED]
     check(write_recipe(), *zero3)
-    check(write_recipe(), *SHARED, *(f"roles.{role}.compile=blocks" for role in ROLES))
+    for placed in (SHARED, zero3):
+        check(write_recipe(), *placed, *(f"roles.{role}.compile=blocks" for role in ROLES))
+    whole = faults(write_recipe(), *zero3, *(f"roles.{role}.compile=network" for role in ROLES))
+    assert any("gathers a shared base block by block; write blocks" in line for line in whole)
     # A generator with weights of its own has a base of its own, placed and compiled as its section says.
     own = ("roles.generator.weights=owner/klein", "roles.generator.compile=blocks")
     check(write_recipe(), *zero3, *own, "roles.generator.engine=ds_configs/zero0.json")
@@ -436,13 +439,18 @@ def test_what_roles_on_a_shared_base_must_agree_on(write_recipe: Write, override
     assert words in the_fault(write_recipe(), *SHARED, override)
 
 
-def test_engines_that_a_shared_base_cannot_have(write_recipe: Write) -> None:
+def test_engines_that_a_shared_base_cannot_have(write_recipe: Write, tmp_path: Path) -> None:
     def of_all(name: str) -> list[str]:
         return faults(write_recipe(), *(item.replace("zero0", name) for item in SHARED))
 
     assert all("ZeRO stage 2 shards optimizer state" in line for line in of_all("zero2"))
     assert all("offload_optimizer has nothing to offload" in line for line in of_all("zero3_offload"))
     check(write_recipe(), *(item.replace("zero0", "frozen_zero3_offload") for item in SHARED))
+    content = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
+    file = tmp_path / "nvme.json"
+    file.write_text(json.dumps(content))
+    lines = faults(write_recipe(), *(item.replace("ds_configs/zero0.json", str(file)) for item in SHARED))
+    assert any('offload_param.device is "nvme": a shared base waits on the GPU' in line for line in lines)
     with pytest.raises(UserError, match=r"one of separate, shared_base, .*did you mean 'shared_base'"):
         check(write_recipe(), "roles.engines=shared-base")
 

@@ -38,6 +38,14 @@ def test_standardised_and_clipped_total() -> None:
     assert combination.total({"a": FIRST}).tolist() == pytest.approx([-0.5 / 0.5001, 0.5 / 0.5001])
 
 
+def test_a_total_takes_statistics_of_its_own_rewards_alone() -> None:
+    """One that is only logged may never have a finite score."""
+    combination = Combination({"a": 1.0, "b": 0.0}, decay=0.9)
+    assert not combination.is_ready(["a"]) and Combination({"a": 1.0}).is_ready(["a"])
+    combination.observe({"a": FIRST, "b": torch.tensor([math.nan, math.nan])})
+    assert combination.is_ready(["a"]) and not combination.is_ready(["a", "b"])
+
+
 def test_scores_that_are_not_finite_do_not_count() -> None:
     one, other = Combination({"a": 1.0}, decay=0.9), Combination({"a": 1.0}, decay=0.9)
     one.observe({"a": torch.tensor([1.0, math.nan, 3.0, math.inf])})
