@@ -13,6 +13,8 @@ replicated=(roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds
 shared=(with=recipes/layouts/shared_base.yaml) # compiled too
 sharded=(with=recipes/layouts/shared_base_zero3.yaml)
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
+offloaded=("${sharded[@]}" model.text_encoder=offload roles.teacher.engine=ds_configs/frozen_zero3_offload.json
+  roles.generator.engine=ds_configs/frozen_zero3_offload.json roles.fake_score.engine=ds_configs/frozen_zero3_offload.json)
 recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
 # The time of an iteration is linear in the stop index: 1 and 4 have the mean of 1 to 4.
 steps=(--steps "${STEPS:-8}" --warmup "${WARMUP:-2}" --phase-steps 1 --no-save)
@@ -46,6 +48,7 @@ for name in "$@"; do
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
     cold_sharded) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_offload) run "$name" recipes/flux2_4b.yaml "${offloaded[@]}" $(recompute full) cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
     rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
