@@ -29,8 +29,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -42,6 +43,7 @@ from benchmarks.model_flops import cold_start_forwards, forward_flops, rtdmd_for
 from benchmarks.phases import PhaseClock, instrument
 from benchmarks.published_style import PublishedStyle
 from benchmarks.reward_models import BUILDERS
+from benchmarks.traffic import cold_start_passes, communication, rtdmd_passes, traffic
 from rtdmd.distributed.collectives import start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
 from rtdmd.errors import UserError
@@ -213,7 +215,9 @@ def bench_cold_start(bench: Bench, built: Built, *, stop: int, with_generator: b
     run = partial(step, bench, built)
     forwards = cold_start_forwards(bench.recipe, stop, with_generator)
     row = bench.measure(run, bench.recipe.cold_start.batch_size, forwards)
-    return row | {"phases": bench.phases(built.clock, run)}
+    updated = ["fake_score", "generator"] if with_generator else ["fake_score"]
+    passes = cold_start_passes(bench.recipe, stop, with_generator)
+    return row | exchange(bench, built, run, passes, updated) | {"phases": bench.phases(built.clock, run)}
 
 
 def rtdmd_cases(bench: Bench) -> Iterator[Case]:
@@ -231,7 +235,24 @@ def bench_rtdmd(bench: Bench, built: Built, *, samples: int) -> dict[str, Any]:
         step(bench, built, unmonitored(k, every))
 
     row = bench.measure(run, samples, rtdmd_forwards(bench.recipe))
-    return row | {"phases": bench.phases(built.clock, run)}
+    exchanged = exchange(bench, built, run, rtdmd_passes(bench.recipe), ["fake_score", "generator"])
+    return row | exchanged | {"phases": bench.phases(built.clock, run)}
+
+
+def exchange(
+    bench: Bench,
+    built: Built,
+    run: Callable[[int], None],
+    passes: Counter[str],
+    updated: Sequence[str],
+) -> dict[str, Any]:
+    """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
+    config = size_of(bench.recipe, bench.options.tiny).transformer
+    row = {"traffic": asdict(traffic(bench.recipe, built.stage.family, config, passes, updated))}
+    if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
+        spent = communication(partial(run, 0), bench.ranks.device)
+        row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))
+    return row
 
 
 def bench_save(bench: Bench, built: Built, *, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""What a step has to exchange between ranks, and what a step spent on exchanging.
+
+A network in shards (ZeRO-3) is gathered once each time that it is run through, forward or backward
+(recomputation finds the layers there). What trains is reduced once an update, in float32. Both are counted as
+the size of the whole; over N ranks at a bus bandwidth of b bytes a second a gather takes (N − 1)/N · size/b
+and a reduction 2·(N − 1)/N · size/b, as NCCL's rings do.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rtdmd.distributed.config import engine_config, zero_stage
+from rtdmd.models.lora import adapter_parameters, attach_adapter
+from rtdmd.models.protocol import ModelFamily
+from rtdmd.recipe.schema import Recipe, TeacherSection, TrainedSection
+
+Interval = tuple[float, float]
+
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a step, counted as the size of the whole: what is gathered, what is reduced."""
+
+    gathered: int
+    reduced: int
+
+    def seconds(self, ranks: int, bandwidth: float) -> float:
+        """Spent if nothing else happened meanwhile; ``bandwidth`` in bytes a second."""
+        share = (ranks - 1) / ranks
+        return share * (self.gathered + 2 * self.reduced) / bandwidth
+
+
+def num_micro_batches(samples: int, size: int | None) -> int:
+    """Of a batch in parts of ``size``; None is all at once."""
+    return -(-samples // (size or samples))
+
+
+def cold_start_passes(recipe: Recipe, stop: int, with_generator: bool) -> Counter[str]:
+    """How often each role's network is run through in an iteration that stops its rollouts after ``stop``."""
+    settings = recipe.cold_start
+    parts = num_micro_batches(settings.batch_size, settings.micro_batch_size)
+    forwards = 1 if settings.consistency_weight == 0 else 2  # the anchor, and both moves together
+    passes = Counter(generator=stop, fake_score=2 * forwards * parts)
+    if with_generator:
+        passes.update(generator=stop - 1 + 2 * parts, teacher=parts, fake_score=parts)
+    return passes
+
+
+def rtdmd_passes(recipe: Recipe) -> Counter[str]:
+    """The same of an epoch."""
+    settings = recipe.rtdmd
+    batches, size = settings.num_sample_batches, settings.sample_batch_size
+    fake = batches * num_micro_batches(size, settings.fake_score_micro_batch_size)
+    parts = batches * num_micro_batches(size, settings.micro_batch_size)
+    forwards = 1 if settings.consistency_weight == 0 else 2
+    drawn = settings.num_policy_steps if settings.policy_weight > 0 else 0
+    return Counter(
+        generator=batches * len(recipe.schedule.timesteps) + 2 * parts * (drawn + 1),
+        fake_score=2 * forwards * fake + parts,
+        teacher=parts,
+    )
+
+
+def traffic(
+    recipe: Recipe, family: ModelFamily, config: dict[str, Any], passes: Counter[str], updated: Iterable[str]
+) -> Traffic:
+    """Of a step that runs through networks ``passes`` times and updates the roles ``updated``.
+
+    ``config`` is the transformer's.
+    """
+    with torch.device("meta"):
+        network = family.transformer_class(**config)
+        whole = sum(parameter.numel() for parameter in network.parameters())
+        attach_adapter(
+            network, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or family.lora_targets
+        )
+        adapter = sum(parameter.numel() for parameter in adapter_parameters(network).values())
+    element = getattr(torch, recipe.dtype).itemsize
+    sections: dict[str, TeacherSection | TrainedSection] = {
+        "teacher": recipe.roles.teacher,
+        "generator": recipe.roles.generator,
+        "fake_score": recipe.roles.fake_score,
+    }
+    sharded = {
+        role
+        for role, section in sections.items()
+        if zero_stage(engine_config(section.engine, recipe.dtype, None)) == 3
+    }
+    trained = {"generator": recipe.roles.generator.trains, "fake_score": recipe.roles.fake_score.trains}
+    return Traffic(
+        gathered=sum(count * whole * element for role, count in passes.items() if role in sharded),
+        reduced=sum(4 * (adapter if trained[role] == "lora" else whole) for role in updated),
+    )
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    """Of the union."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return total
+
+
+def exposed(communication: Sequence[Interval], computation: Sequence[Interval]) -> float:
+    """How long there was communication and no computation."""
+    return length([*communication, *computation]) - length(computation)
+
+
+def device_intervals(trace: dict[str, Any]) -> tuple[list[Interval], list[Interval]]:
+    """Communication and computation in a Chrome trace, in seconds: NCCL's kernels; all others, and copies."""
+    found: tuple[list[Interval], list[Interval]] = ([], [])
+    for event in trace["traceEvents"]:
+        if event.get("cat") in _ON_DEVICE:
+            start, seconds = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
+            found[0 if "nccl" in event["name"].lower() else 1].append((start, start + seconds))
+    return found
+
+
+def communication(run: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Seconds of ``run`` in which the device communicates, and in which it does nothing else meanwhile.
+
+    A rank that waits for another one communicates.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+    communicating, computing = device_intervals(trace)
+    return {"seconds": length(communicating), "exposed_seconds": exposed(communicating, computing)}

@@ -1,0 +1,152 @@
+"""What steps exchange: counted by hand, and against what a base in shards gathers; scaling's table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import scaling, traffic, train_step
+from benchmarks.full_size import size_of
+from rtdmd.distributed.sharding import BlockShards
+from rtdmd.models import get_family
+from rtdmd.recipe import load_recipe
+
+
+def test_intervals_by_hand() -> None:
+    computing = [(0.0, 1.0), (2.0, 4.0), (3.0, 5.0)]
+    assert traffic.length(computing) == 4.0
+    assert traffic.exposed([(0.5, 1.5), (4.5, 6.0)], computing) == 0.5 + 1.0
+    assert traffic.exposed([(2.5, 3.0)], computing) == 0.0
+
+
+def test_a_trace_by_hand() -> None:
+    events = [
+        {"cat": "kernel", "name": "ncclDevKernel_AllGather_RING_LL", "ts": 1e6, "dur": 5e5},
+        {"cat": "kernel", "name": "triton_poi_fused", "ts": 2e6, "dur": 1e6},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 0, "dur": 1e6},
+        {"cat": "gpu_user_annotation", "name": "nccl:all_gather", "ts": 0, "dur": 9e6},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9e6},
+        {"name": "process_name"},
+    ]
+    found = traffic.device_intervals({"traceEvents": events})
+    assert found == ([(1.0, 1.5)], [(2.0, 3.0), (0.0, 1.0)])
+
+
+def test_seconds_by_hand() -> None:
+    """10 GB gathered and 1 GB reduced: a half of the former and twice a half of the latter on two ranks."""
+    exchanged = traffic.Traffic(gathered=10**10, reduced=10**9)
+    assert exchanged.seconds(1, 1e9) == 0
+    assert exchanged.seconds(2, 1e9) == pytest.approx(6)
+    assert exchanged.seconds(4, 1e9) == pytest.approx(9)
+
+
+def test_passes_by_hand() -> None:
+    recipe = load_recipe("recipes/flux2_4b.yaml", ["cold_start.micro_batch_size=3"])
+    # Three micro-batches; the anchor's and both moves' evaluation, forward and backward.
+    assert traffic.cold_start_passes(recipe, 4, False) == Counter(generator=4, fake_score=12)
+    both = Counter(generator=4 + 3 + 3 + 3, fake_score=12 + 3, teacher=3)
+    assert traffic.cold_start_passes(recipe, 4, True) == both
+    # 16 batches of 6 at once: 4 steps; two drawn and the last, forward and backward.
+    assert traffic.rtdmd_passes(load_recipe("recipes/flux2_4b.yaml")) == Counter(
+        generator=16 * (4 + 6), fake_score=16 * (4 + 1), teacher=16
+    )
+
+
+def test_bytes_of_the_published_recipe() -> None:
+    """ZeRO-3: 3.876 B parameters of two bytes a pass; an update's adapter, in float32."""
+    recipe = load_recipe("recipes/flux2_4b.yaml")
+    config = size_of(recipe, tiny=False).transformer
+    family: Any = get_family("flux2")
+    sent = traffic.traffic(recipe, family, config, Counter(generator=2, teacher=1), ["generator"])
+    assert sent.gathered == 3 * 2 * 3_875_544_576
+    assert sent.reduced == 4 * 37_355_520
+    whole = [f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")]
+    recipe = load_recipe("recipes/flux2_4b.yaml", whole)
+    sent = traffic.traffic(recipe, family, config, Counter(generator=2, teacher=1), [])
+    assert (sent.gathered, sent.reduced) == (2 * 3_875_544_576, 0)
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "rtdmd"])
+def test_a_base_in_shards_is_gathered_as_often_as_counted(
+    stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The third unit, a block: the first and what is in none stay from one graph's backward to another's."""
+    gathered: list[int] = []
+    start = BlockShards._start
+
+    def counting(self: BlockShards, index: int) -> None:
+        if index == 2 and not self._units[index].is_here:
+            gathered.append(index)
+        start(self, index)
+
+    monkeypatch.setattr(BlockShards, "_start", counting)
+    roles = ("teacher", "generator", "fake_score")
+    overrides = [
+        "with=recipes/layouts/shared_base_zero3.yaml",
+        *(f"roles.{role}.engine=ds_configs/frozen_zero3_offload.json" for role in roles),
+        *(f"roles.{role}.compile=none" for role in roles),
+        "model.text_encoder_compile=none",
+        "rewards=[{name: clipscore}]",
+        "cold_start.batch_size=4",
+        "cold_start.micro_batch_size=2",
+        "rtdmd.fake_score_micro_batch_size=1",
+    ]
+    arguments = [
+        "--stage",
+        stage,
+        "--tiny",
+        "--steps",
+        "1",
+        "--warmup",
+        "0",
+        "--phase-steps",
+        "1",
+        "--no-save",
+    ]
+    result = train_step.main(["recipes/flux2_4b.yaml", *overrides, *arguments, "--stops", "2"])
+    assert result["error"] is None
+    recipe = load_recipe(
+        "recipes/flux2_4b.yaml", ["rtdmd.num_sample_batches=2", *train_step.TINY_OVERRIDES, *overrides]
+    )
+    if stage == "cold_start":
+        passes = [traffic.cold_start_passes(recipe, 2, both) for both in (True, False)]
+    else:
+        passes = [traffic.rtdmd_passes(recipe)]
+    # Each row is run once to be measured and once for its phases.
+    assert len(gathered) == 2 * sum(sum(each.values()) for each in passes)
+    config = size_of(recipe, tiny=True).transformer
+    family: Any = get_family("flux2")
+    expected = traffic.traffic(recipe, family, config, passes[0], ["generator", "fake_score"])
+    assert result["rows"][0]["traffic"] == {"gathered": expected.gathered, "reduced": expected.reduced}
+
+
+def write(path: Path, ranks: int, seconds: float, **more: Any) -> Path:
+    row = {"case": "stop 1", "seconds": seconds, "utilisation": 0.5, "peak_gib": 20.0, **more}
+    row["traffic"] = {"gathered": 10**10, "reduced": 10**9}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"ranks": ranks, "rows": [row, {"case": "save", "seconds": 1.0}]}))
+    return path
+
+
+def test_the_scaling_table(tmp_path: Path) -> None:
+    """On two ranks 6 s at 1 GB/s if nothing is hidden: 4/(4 + 6)."""
+    one = write(tmp_path / "one" / "x.json", 1, 4.0)
+    spent = {"seconds": 2.5, "exposed_seconds": 1.0}
+    two = write(tmp_path / "two" / "x.json", 2, 5.0, communication=spent)
+    scaling.main([str(one), str(two), "--bandwidth", "1", "--to", str(tmp_path / "to")])
+    lines = (tmp_path / "to" / "scaling.md").read_text().splitlines()
+    assert lines[2] == "| `x` | stop 1 | 1 | 4.000 | 100.0% | 100.0% to 100% |  |  | 20.0 |"
+    assert lines[3] == "| `x` | stop 1 | 2 | 5.000 | 80.0% | 40.0% to 100% | 50% | 20% | 20.0 |"
+    assert (tmp_path / "to" / "scaling.png").stat().st_size > 1000
+
+
+def test_scaling_needs_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = write(tmp_path / "two" / "x.json", 2, 5.0)
+    with pytest.raises(SystemExit) as stopped:
+        scaling.main([str(two), "--bandwidth", "1", "--to", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "x: 'stop 1' was not measured on one rank" in capsys.readouterr().err
