@@ -74,5 +74,15 @@ def test_gradients_on_the_cpu(tmp_path: Path, pipelines: dict[str, Path], tiny_c
 
 
 @pytest.mark.gpu
-def test_gradients_on_a_gpu(tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path) -> None:
-    check([*CASES, *COMPILED_CASES], tmp_path, pipelines, tiny_clip, "cuda")
+@pytest.mark.parametrize("case", [*CASES, *COMPILED_CASES], ids=lambda case: case.name)
+def test_gradients_on_a_gpu(case: Case, tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path) -> None:
+    check([case], tmp_path, pipelines, tiny_clip, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cases", [CASES[:2] * 2, [CASES[0], COMPILED_CASES[0]]], ids=["eager", "compiled"])
+def test_gradients_of_stages_one_after_the_other(
+    cases: list[Case], tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path
+) -> None:
+    """As stage 2 follows stage 1 in a process, in memory that holds what the first has left."""
+    check(cases, tmp_path, pipelines, tiny_clip, "cuda")
