@@ -38,7 +38,7 @@ from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
 
 ROLES = ("teacher", "generator", "fake_score")
-CONVERGENCE_ITERATIONS = 1500
+CONVERGENCE_ITERATIONS = 800
 # In float32, without engines' and compilers' own ways, however the run was trained.
 PLAIN = [
     "dtype=float32",
@@ -113,7 +113,10 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
         ("1 step, own noise", 1, False),
         ("2 steps, own noise", 2, False),
     ):
-        section = replace(recipe.rtdmd, num_policy_steps=steps, shared_noise=shared)
+        no_backprop = replace(recipe.rtdmd.reward_backprop, weight=0.0)
+        section = replace(
+            recipe.rtdmd, num_policy_steps=steps, shared_noise=shared, reward_backprop=no_backprop
+        )
         stage = build_stage("rtdmd", replace(recipe, rtdmd=section), ranks, calls, hand_over)
         assert isinstance(stage, Rtdmd)
         gradients = torch.stack([_policy_gradient(stage, epoch) for epoch in range(epochs)])

@@ -4,9 +4,9 @@
   python -m benchmarks.shapes.study measure --out runs/study --seeds 0 1 2
   python -m benchmarks.shapes.study_report runs/study --to docs/shapes
 
-``train`` goes on where it was stopped. Runs are ``train_ds.py`` with overrides, one process each,
-``--parallel`` of them at a time on each GPU (they are small: the GPU waits for the host). Logs are beside the
-runs.
+``train`` goes on where it was stopped, ``measure`` with what it lacks; ``--only`` chooses variants. Runs are
+``train_ds.py`` with overrides, one process each, ``--parallel`` of them at a time on each GPU (they are small:
+the GPU waits for the host). Logs are beside the runs.
 """
 
 from __future__ import annotations
@@ -129,16 +129,24 @@ def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> It
             yield Launch(variant, seed, out)
 
 
+def chosen(variants: Sequence[Variant], options: argparse.Namespace) -> list[Variant]:
+    """Those that ``--only`` names, or all."""
+    return [variant for variant in variants if not options.only or variant.name in options.only]
+
+
 def train(options: argparse.Namespace) -> None:
     """All cold starts, then all that goes on from them."""
     devices = Devices(options.parallel)
     for variants in (COLD_STARTS, TUNINGS):
-        chosen = [variant for variant in variants if not options.only or variant.name in options.only]
-        queue = list(launches(chosen, options.seeds, options.out))
+        queue = list(launches(chosen(variants, options), options.seeds, options.out))
 
         def run(launch: Launch) -> None:
             log = launch.out / "logs" / f"{launch.name}.txt"
+            done = log.with_suffix(".done")
+            if done.exists():
+                return
             seconds = devices.run(launch.command(options.overrides), log)
+            done.touch()
             print(f"{launch.name}: {seconds:.0f} s", flush=True)
 
         with ThreadPoolExecutor(devices.count) as threads:
@@ -150,18 +158,18 @@ def train(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Mechanisms of cold starts, outcomes of all runs and the teacher, a process each, into JSON files."""
+    """Outcomes of the teacher and all runs, mechanisms of cold starts, a process each, into JSON files."""
     devices = Devices(options.parallel)
     jobs: dict[str, list[str]] = {}
-    for launch in launches(COLD_STARTS[:2], options.seeds, options.out):
-        jobs[f"tracking-{launch.name}"] = ["mechanisms", "tracking", str(launch.folder)]
-    for launch in launches(COLD_STARTS[:1], options.seeds, options.out):
-        jobs[f"variance-{launch.name}"] = ["mechanisms", "variance", str(launch.folder)]
-    for launch in launches((*COLD_STARTS, *TUNINGS), options.seeds, options.out):
-        jobs[f"outcomes-{launch.name}"] = ["measure", str(launch.folder)]
     for name, sampler in TEACHERS.items():
         setting = [str(len(sampler.sigmas)), str(sampler.guidance_scale)]
         jobs[f"outcomes-{name}"] = ["measure", RECIPE, "--teacher", *setting]
+    for launch in launches(chosen((*COLD_STARTS, *TUNINGS), options), options.seeds, options.out):
+        jobs[f"outcomes-{launch.name}"] = ["measure", str(launch.folder)]
+    for launch in launches(chosen(COLD_STARTS[:1], options), options.seeds, options.out):
+        jobs[f"variance-{launch.name}"] = ["mechanisms", "variance", str(launch.folder)]
+    for launch in launches(chosen(COLD_STARTS[:2], options), options.seeds, options.out):
+        jobs[f"tracking-{launch.name}"] = ["mechanisms", "tracking", str(launch.folder)]
 
     def run(name: str, job: list[str]) -> None:
         target = options.out / "measured" / f"{name}.json"
