@@ -5,8 +5,8 @@
   python -m benchmarks.shapes.study_report runs/study --to docs/shapes
 
 ``train`` goes on where it was stopped, ``measure`` with what it lacks; ``--only`` chooses variants. Runs are
-``train_ds.py`` with overrides, one process each, ``--parallel`` of them at a time on each GPU (they are small:
-the GPU waits for the host). Logs are beside the runs.
+``train_ds.py`` with overrides, one process each, ``--parallel`` of them at a time on each GPU (they are
+small: the GPU waits for the host). Logs are beside the runs.
 """
 
 from __future__ import annotations
