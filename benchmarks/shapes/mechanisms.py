@@ -145,7 +145,7 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     for number, (micro, step) in enumerate(terms):
         loss = micro.share * stage._policy_term(micro, step, means) / len(terms)
         engine.backward(loss, last=number == len(terms) - 1)
-    gradient = torch.cat([part.flatten() for part in engine.masters.gradients()])
+    gradient = torch.cat([part.flatten() for _, part in engine.masters.gradients()])
     engine.network.module.zero_grad()
     return gradient
 

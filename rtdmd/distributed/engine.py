@@ -174,20 +174,23 @@ class TrainedEngine(FrozenEngine, ABC):
     def _gradient_norm(self) -> Tensor:
         """Euclidean norm of the averaged gradient over all ranks and parameters, float32."""
         squares = torch.zeros((), dtype=torch.float32, device=self._ranks.device)
-        gradients = [gradient.float() for gradient in self.masters.gradients()]
-        for norm in torch._foreach_norm(gradients) if gradients else []:
-            squares += norm.square().to(squares.device)
+        gradients = [gradient.float() for _, gradient in self.masters.gradients()]
+        if gradients:
+            squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(squares.device)
         # Exchanged even where it is not needed: ranks that are in different engines' steps, which the
         # comparison of their calls is about to find, exchange the same things until then.
         everywhere = self._ranks.sum(squares)
         return (squares if self.masters.replicated else everywhere).sqrt()
 
     def _non_finite_report(self) -> str:
-        bad = sum(int((~torch.isfinite(gradient)).sum()) for gradient in self.masters.gradients())
-        each = self._ranks.gather_objects(bad)
-        counts = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(each))
+        bad = {name: int((~torch.isfinite(grad)).sum()) for name, grad in self.masters.gradients()}
+        mine = [f"{count} in {name}" for name, count in bad.items() if count]
+        each = self._ranks.gather_objects((sum(bad.values()), mine[:2] + mine[2:][-1:]))
+        counts = ", ".join(f"rank {rank}: {count}" for rank, (count, _) in enumerate(each))
+        named: list[str] = next((some for _, some in each if some), [])
         return (
-            f"{self.name}: the gradient isn't finite (elements that aren't, {counts}); "
+            f"{self.name}: the gradient isn't finite (elements that aren't, {counts}; "
+            f"first and last of them: {', '.join(named)}); "
             "stopped before the update, the last checkpoint is intact"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +40,8 @@ class Masters(Protocol):
         """Pieces of ``master``, ``exp_avg`` or ``exp_avg_sq``; together the ranks' cover all parameters."""
         ...
 
-    def gradients(self) -> Iterator[Tensor]:
-        """This rank's part of the reduced gradients, between backward and step."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of the reduced gradients with its parameter's name, between backward and step."""
         ...
 
     def publish(self, pieces: list[Piece]) -> None:
@@ -78,10 +79,10 @@ class ReplicatedMasters:
             for name, p in self._parameters.items()
         ]
 
-    def gradients(self) -> Iterator[Tensor]:
-        for parameter in self._parameters.values():
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                yield parameter.grad
+                yield name, parameter.grad
 
     def publish(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -127,18 +128,23 @@ class FragmentMasters(_ZeroMasters):
             result.append(Piece(name, mapping.lp_fragment_address.start, value))
         return result
 
-    def gradients(self) -> Iterator[Tensor]:
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
         if not hasattr(self._zero, "averaged_gradients"):  # ZeRO-1 in bfloat16: whole gradients everywhere
-            for parameter in self._parameters.values():
+            for name, parameter in self._parameters.items():
                 if parameter._hp_mapping is not None:
                     address = parameter._hp_mapping.lp_fragment_address
                     whole = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-                    yield whole.flatten().narrow(0, address.start, address.numel)
+                    yield name, whole.flatten().narrow(0, address.start, address.numel)
         elif self._zero.cpu_offload:
-            yield from (flat.grad for flat in self._flats() if flat.grad is not None)
+            yield from (("a flat partition", flat.grad) for flat in self._flats() if flat.grad is not None)
         else:
-            for group in self._zero.averaged_gradients.values():
-                yield from (gradient for gradient in group or [] if gradient is not None)
+            names = {id(parameter): name for name, parameter in self._parameters.items()}
+            for number, group in self._zero.averaged_gradients.items():
+                # In the order of the partition's parameters; what is left over pads.
+                owners = [names[id(parameter)] for parameter in self._zero.params_in_partition[number]]
+                for owner, gradient in zip_longest(owners, group or [], fillvalue=None):
+                    if gradient is not None:
+                        yield owner or "padding", gradient
 
     def publish(self, pieces: list[Piece]) -> None:
         mine = {piece.name: piece for piece in pieces}
@@ -171,9 +177,9 @@ class ShardMasters(_ZeroMasters):
                 result.append(Piece(name, start, whole.narrow(0, offset, length)))
         return result
 
-    def gradients(self) -> Iterator[Tensor]:
-        for parameter in self._parameters.values():
-            yield safe_get_local_grad(parameter)
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, safe_get_local_grad(parameter)
 
     def publish(self, pieces: list[Piece]) -> None:
         # As DeepSpeed's own step does: partition everything, write the shards, gather what persists.

@@ -156,8 +156,8 @@ class AdapterMasters:
         flat = self.flat.detach() if kind == MASTER else self.optimizer.state[self.flat][kind]
         return [Piece(name, 0, value) for name, value in self.views(flat).items()]
 
-    def gradients(self) -> Iterator[Tensor]:
-        yield self.gradient
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.views(self.gradient).items()
 
     def publish(self, pieces: list[Piece]) -> None:
         views = self.views(self._computed)

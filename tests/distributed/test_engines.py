@@ -175,6 +175,7 @@ def results(
 def test_a_non_finite_gradient_stops_every_rank_before_the_update(results: Results) -> None:
     for result in results["non_finite"]:
         assert "generator: the gradient isn't finite" in result["message"]
+        assert "first and last of them: " in result["message"] and ".lora_" in result["message"]
         assert result["unchanged"]
 
 
