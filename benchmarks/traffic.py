@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from rtdmd.distributed.config import engine_config, zero_stage
 from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.protocol import ModelFamily
-from rtdmd.recipe.schema import Recipe, TeacherSection, TrainedSection
+from rtdmd.recipe.schema import Recipe
 
 Interval = tuple[float, float]
 
@@ -73,35 +73,38 @@ def rtdmd_passes(recipe: Recipe) -> Counter[str]:
     )
 
 
-def traffic(
-    recipe: Recipe, family: ModelFamily, config: dict[str, Any], passes: Counter[str], updated: Iterable[str]
-) -> Traffic:
-    """Of a step that runs through networks ``passes`` times and updates the roles ``updated``.
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a transformer and of an adapter on it."""
 
-    ``config`` is the transformer's.
-    """
-    with torch.device("meta"):
-        network = family.transformer_class(**config)
-        whole = sum(parameter.numel() for parameter in network.parameters())
-        attach_adapter(
-            network, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets or family.lora_targets
-        )
-        adapter = sum(parameter.numel() for parameter in adapter_parameters(network).values())
+    whole: int
+    adapter: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, family: ModelFamily, config: dict[str, Any]) -> Sizes:
+        """``config`` is the transformer's."""
+        lora = recipe.lora
+        with torch.device("meta"):
+            network = family.transformer_class(**config)
+            whole = sum(parameter.numel() for parameter in network.parameters())
+            attach_adapter(network, lora.rank, lora.alpha, lora.targets or family.lora_targets)
+        return cls(whole, sum(parameter.numel() for parameter in adapter_parameters(network).values()))
+
+
+def traffic(recipe: Recipe, sizes: Sizes, passes: Counter[str], updated: Iterable[str]) -> Traffic:
+    """Of a step that runs through networks ``passes`` times and updates the roles ``updated``."""
+
+    def is_sharded(role: str) -> bool:
+        section = getattr(recipe.roles, role)
+        return zero_stage(engine_config(section.engine, recipe.dtype, None)) == 3
+
+    def trained(role: str) -> int:
+        return sizes.adapter if getattr(recipe.roles, role).trains == "lora" else sizes.whole
+
     element = getattr(torch, recipe.dtype).itemsize
-    sections: dict[str, TeacherSection | TrainedSection] = {
-        "teacher": recipe.roles.teacher,
-        "generator": recipe.roles.generator,
-        "fake_score": recipe.roles.fake_score,
-    }
-    sharded = {
-        role
-        for role, section in sections.items()
-        if zero_stage(engine_config(section.engine, recipe.dtype, None)) == 3
-    }
-    trained = {"generator": recipe.roles.generator.trains, "fake_score": recipe.roles.fake_score.trains}
     return Traffic(
-        gathered=sum(count * whole * element for role, count in passes.items() if role in sharded),
-        reduced=sum(4 * (adapter if trained[role] == "lora" else whole) for role in updated),
+        gathered=sum(count * sizes.whole * element for role, count in passes.items() if is_sharded(role)),
+        reduced=sum(4 * trained(role) for role in updated),
     )
 
 

@@ -43,7 +43,7 @@ from benchmarks.model_flops import cold_start_forwards, forward_flops, rtdmd_for
 from benchmarks.phases import PhaseClock, instrument
 from benchmarks.published_style import PublishedStyle
 from benchmarks.reward_models import BUILDERS
-from benchmarks.traffic import cold_start_passes, communication, rtdmd_passes, traffic
+from benchmarks.traffic import Sizes, cold_start_passes, communication, rtdmd_passes, traffic
 from rtdmd.distributed.collectives import start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
 from rtdmd.errors import UserError
@@ -161,6 +161,7 @@ class Built:
     ema: Ema
     clock: PhaseClock
     draws: Any  # the stage's own
+    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def build(bench: Bench) -> Built:
     count_flops(bench, stage.family, stage.roles.teacher.unconditional)
     clock = PhaseClock(ranks.device)
     instrument(stage, ema, clock)
-    return Built(stage, ema, clock, stage.draws)
+    sizes = Sizes.of(recipe, stage.family, size_of(recipe, options.tiny).transformer)
+    return Built(stage, ema, clock, stage.draws, sizes)
 
 
 def step(bench: Bench, built: Built, number: int) -> None:
@@ -247,8 +249,7 @@ def exchange(
     updated: Sequence[str],
 ) -> dict[str, Any]:
     """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
-    config = size_of(bench.recipe, bench.options.tiny).transformer
-    row = {"traffic": asdict(traffic(bench.recipe, built.stage.family, config, passes, updated))}
+    row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated))}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
         spent = communication(partial(run, 0), bench.ranks.device)
         row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))

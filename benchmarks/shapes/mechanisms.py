@@ -105,6 +105,7 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
     """tr Cov(g)/‖E g‖² of an epoch's policy gradient g, over ``epochs`` of equal size; smaller is better."""
     cold = run / "cold_start"
     hand_over = HandOver(cold / "generator_ema.pt", cold / "fake_score.pt")
+    no_backprop = replace(recipe.rtdmd.reward_backprop, weight=0.0)
     found: dict[str, float] = {}
     for label, steps, shared in (
         ("1 step", 1, True),
@@ -113,7 +114,6 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
         ("1 step, own noise", 1, False),
         ("2 steps, own noise", 2, False),
     ):
-        no_backprop = replace(recipe.rtdmd.reward_backprop, weight=0.0)
         section = replace(
             recipe.rtdmd, num_policy_steps=steps, shared_noise=shared, reward_backprop=no_backprop
         )

@@ -16,11 +16,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import torch
 
@@ -134,6 +135,16 @@ def chosen(variants: Sequence[Variant], options: argparse.Namespace) -> list[Var
     return [variant for variant in variants if not options.only or variant.name in options.only]
 
 
+def run_all(devices: Devices, run: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """``run(*job)`` for each, as places become free; SystemExit once all have ended if any failed."""
+    with ThreadPoolExecutor(devices.count) as threads:
+        failures = [job.exception() for job in [threads.submit(run, *job) for job in jobs]]
+    for failure in filter(None, failures):
+        print(failure, file=sys.stderr)
+    if any(failures):
+        raise SystemExit(1)
+
+
 def train(options: argparse.Namespace) -> None:
     """All cold starts, then all that goes on from them."""
     devices = Devices(options.parallel)
@@ -149,12 +160,7 @@ def train(options: argparse.Namespace) -> None:
             done.touch()
             print(f"{launch.name}: {seconds:.0f} s", flush=True)
 
-        with ThreadPoolExecutor(devices.count) as threads:
-            failures = [job.exception() for job in [threads.submit(run, launch) for launch in queue]]
-        for failure in filter(None, failures):
-            print(failure, file=sys.stderr)
-        if any(failures):
-            raise SystemExit(1)
+        run_all(devices, run, [(launch,) for launch in queue])
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -180,12 +186,7 @@ def measure(options: argparse.Namespace) -> None:
         seconds = devices.run(command, options.out / "logs" / f"{name}.txt")
         print(f"{target}: {seconds:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(devices.count) as threads:
-        failures = [job.exception() for job in [threads.submit(run, *item) for item in jobs.items()]]
-    for failure in filter(None, failures):
-        print(failure, file=sys.stderr)
-    if any(failures):
-        raise SystemExit(1)
+    run_all(devices, run, list(jobs.items()))
 
 
 def main() -> None:

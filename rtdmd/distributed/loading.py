@@ -46,11 +46,7 @@ def build_network(
         with deepspeed.zero.Init(config_dict_or_path=config):
             network = make()
     else:
-        # Constructors make float32 parameters; each is dropped before the next one is made. Buffers stay
-        # as the module computes them: files may lack them.
-        with torch.device(device), init_empty_weights(include_buffers=False):
-            # Past diffusers' own `to`, which warns of modules to keep in float32 where there are none.
-            network = nn.Module.to(make(), dtype)
+        network = make_empty(make, dtype, device)
         _allocate(network, device)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -58,10 +54,21 @@ def build_network(
             if hasattr(parameter, "ds_tensor"):
                 _load_shard(parameter, name, source)
             else:
-                _load_whole(parameter, name, source)
+                copy_flat(parameter.view(-1), source, name, parameter.shape, 0, parameter.numel())
             progress()
     load_buffers(network, source, device)
     return network
+
+
+def make_empty(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A network whose parameters have a shape and ``dtype`` but no memory.
+
+    Constructors make float32 parameters; each is dropped before the next one is made. Buffers stay as the
+    module computes them: files may lack them.
+    """
+    with torch.device(device), init_empty_weights(include_buffers=False):
+        # Past diffusers' own `to`, which warns of modules to keep in float32 where there are none.
+        return nn.Module.to(make(), dtype)
 
 
 def load_buffers(network: nn.Module, source: TensorSource, device: torch.device) -> None:
@@ -89,17 +96,6 @@ def _allocate(network: nn.Module, device: torch.device) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device=device)
             setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
-
-
-def _load_whole(parameter: Tensor, name: str, source: TensorSource) -> None:
-    """Fill a parameter, a few rows at a time where it is large."""
-    if parameter.numel() <= _SLICE:
-        parameter.copy_(source.read(name))
-        return
-    rows = max(_SLICE // parameter[0].numel(), 1)
-    for start in range(0, len(parameter), rows):
-        stop = min(start + rows, len(parameter))
-        parameter[start:stop].copy_(source.read(name, start, stop))
 
 
 def _load_shard(parameter: Any, name: str, source: TensorSource) -> None:

@@ -8,18 +8,17 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.loading import TensorSource, check_shape, copy_flat, load_buffers
+from rtdmd.distributed.loading import TensorSource, check_shape, copy_flat, load_buffers, make_empty
 
 _ALIGNMENT = 128  # elements: compiled code wants parameters at addresses that 16 divides
 
@@ -34,9 +33,10 @@ class _Unit:
 
     whole: Tensor
     shard: Tensor  # this rank's range of it, in host memory if offloaded
-    num_bytes: int
-    in_flight: list[Any] = field(default_factory=list)  # what to wait for, and what must live until then
     is_here: bool = False
+    in_flight: tuple[dist.Work | None, Tensor] | None = (
+        None  # what to wait for, and what must live until then
+    )
 
     @property
     def is_resident(self) -> bool:
@@ -68,13 +68,13 @@ class BlockShards:
         if self._backward:  # computed once more; `_before_backward` has gathered it
             return None
         self._gather(index, index + 1)
-        return _through(_Last, partial(self._release, index), (args, kwargs))
+        return _through(partial(self._release, index), (args, kwargs))
 
     def _after_forward(self, index: int, _module: nn.Module, _args: Any, output: Any) -> Any:
         if self._backward:
             return None
         self._release(index)
-        return _through(_First, partial(self._before_backward, index), output)
+        return _through(partial(self._before_backward, index), output)
 
     def _before_backward(self, index: int) -> None:
         self._backward = True
@@ -91,12 +91,13 @@ class BlockShards:
         """Have a unit whole, and the ``following`` one on its way."""
         self._start(index)
         unit = self._units[index]
-        for work in unit.in_flight:
-            if hasattr(work, "wait"):
+        if unit.in_flight is not None:
+            work, _ = unit.in_flight
+            if work is not None:
                 work.wait()
-        if unit.in_flight and self._stream is not None:
-            torch.cuda.current_stream(self._ranks.device).wait_stream(self._stream)
-        unit.in_flight = []
+            if self._stream is not None:
+                torch.cuda.current_stream(self._ranks.device).wait_stream(self._stream)
+            unit.in_flight = None
         if 0 < following < len(self._units):
             self._start(following)
 
@@ -105,7 +106,7 @@ class BlockShards:
         if unit.is_here:
             return
         unit.is_here = True
-        unit.whole.untyped_storage().resize_(unit.num_bytes)
+        unit.whole.untyped_storage().resize_(unit.whole.nbytes)
         if self._stream is None:
             self._exchange(unit)
             return
@@ -117,19 +118,18 @@ class BlockShards:
     def _exchange(self, unit: _Unit) -> None:
         if self._ranks.world_size == 1:
             unit.whole.copy_(unit.shard, non_blocking=True)
-            unit.in_flight = [unit.shard]
+            unit.in_flight = None, unit.shard
             return
         shard = unit.shard.to(self._ranks.device, non_blocking=True)
         # As bytes: not every backend exchanges every dtype.
         whole, mine = unit.whole.view(torch.uint8), shard.view(torch.uint8)
-        unit.in_flight = [dist.all_gather_into_tensor(whole, mine, async_op=True), shard]
+        unit.in_flight = dist.all_gather_into_tensor(whole, mine, async_op=True), shard
 
     def _release(self, index: int) -> None:
         unit = self._units[index]
         if not unit.is_here:
             return
-        if unit.in_flight:
-            self._gather(index, 0)
+        self._gather(index, 0)  # for what is still in flight
         if not unit.is_resident:
             unit.whole.untyped_storage().resize_(0)
             unit.is_here = False
@@ -142,7 +142,7 @@ class BlockShards:
     @property
     def gathered_bytes(self) -> int:
         """How much is whole at present, beside the shards."""
-        return sum(unit.num_bytes for unit in self._units if unit.is_here and not unit.is_resident)
+        return sum(unit.whole.nbytes for unit in self._units if unit.is_here and not unit.is_resident)
 
     def close(self) -> None:
         """Free the memory; the network can't run any more."""
@@ -166,8 +166,7 @@ def build_sharded(
     ``offload`` shards wait in (page-locked) host memory. ``progress`` is called after each unit. Raises
     UserError if a tensor has another shape than the network's.
     """
-    with torch.device(ranks.device), init_empty_weights(include_buffers=False):
-        network = nn.Module.to(make(), dtype).requires_grad_(False).eval()
+    network = make_empty(make, dtype, ranks.device).requires_grad_(False).eval()
     blocks = list(blocks_of(network))
     names = {parameter: name for name, parameter in network.named_parameters()}
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
@@ -207,10 +206,9 @@ def _unit(
     whole = torch.empty(ranks.world_size * size, dtype=dtype, device=ranks.device)
     if ranks.world_size == 1 and not offload:
         shard = whole
-    elif offload:
-        shard = torch.empty(size, dtype=dtype, pin_memory=ranks.device.type == "cuda")
     else:
-        shard = torch.empty(size, dtype=dtype, device=ranks.device)
+        device, pin = ("cpu", ranks.device.type == "cuda") if offload else (ranks.device, False)
+        shard = torch.empty(size, dtype=dtype, device=device, pin_memory=pin)
     # Not `whole` itself: gathering counts as a change of it, and autograd would refuse what it has kept.
     unversioned = whole.data
     views = []
@@ -220,14 +218,17 @@ def _unit(
             mine = shard[low - first : high - first]
             copy_flat(mine, source, name, parameter.shape, low - start, high - start)
         views.append(unversioned[start : start + parameter.numel()].view(parameter.shape))
-    unit = _Unit(whole, shard, whole.nbytes, is_here=shard is whole)
+    unit = _Unit(whole, shard, is_here=shard is whole)
     if not unit.is_here:
         whole.untyped_storage().resize_(0)
     return unit, views
 
 
-class _First(torch.autograd.Function):
-    """The identity on a module's outputs; its backward, the first of the module's, calls ``action``."""
+class _Signal(torch.autograd.Function):
+    """The identity; its backward calls ``action`` once all gradients have come.
+
+    On a module's outputs that is before the rest of the module's backward, on its inputs after it.
+    """
 
     @staticmethod
     def forward(ctx: Any, action: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -241,16 +242,12 @@ class _First(torch.autograd.Function):
         return (None, *gradients)
 
 
-class _Last(_First):
-    """The same on its inputs, where it is the last: one node, which waits for all of their gradients."""
-
-
-def _through(kind: type[_First], action: Callable[[], None], values: Any) -> Any:
+def _through(action: Callable[[], None], values: Any) -> Any:
     """``values`` with every tensor that requires a gradient passed through one node."""
     leaves, structure = tree_flatten(values)
     chosen = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not chosen or not torch.is_grad_enabled():
         return values
-    for i, passed in zip(chosen, kind.apply(action, *(leaves[i] for i in chosen)), strict=True):
+    for i, passed in zip(chosen, _Signal.apply(action, *(leaves[i] for i in chosen)), strict=True):
         leaves[i] = passed
     return tree_unflatten(leaves, structure)

@@ -69,8 +69,7 @@ def _check_base_engine(report: Report, key: str, path: str, content: dict[str, A
     if isinstance(zero, dict) and _offloads(zero, "offload_optimizer"):
         advice = "the adapters on a shared base stay on the GPU; use ds_configs/frozen_zero3_offload.json"
         report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")
-    offload = zero.get("offload_param") if isinstance(zero, dict) else None
-    device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+    device = _offload_device(zero, "offload_param") if isinstance(zero, dict) else "none"
     if device not in ("none", "cpu"):
         advice = "a shared base waits on the GPU or in host memory; write cpu, or roles.engines: separate"
         report.fault(key, path, f"offload_param.device is {json.dumps(device)}: {advice}")
@@ -241,5 +240,9 @@ def _stage(content: dict[str, Any]) -> Any:
 
 
 def _offloads(zero: dict[str, Any], name: str) -> bool:
+    return _offload_device(zero, name) != "none"
+
+
+def _offload_device(zero: dict[str, Any], name: str) -> Any:
     section = zero.get(name)
-    return isinstance(section, dict) and section.get("device", "none") != "none"
+    return section.get("device", "none") if isinstance(section, dict) else "none"

@@ -104,14 +104,12 @@ class Rtdmd:
         active = metrics.get("generator/hinge_active")
         if active is None and names and epoch > 0:
             return [f"no reward was back-propagated: there are no statistics yet to standardise {names} by"]
-        return (
-            []
-            if active != 0
-            else [
-                f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "
-                "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
-            ]
-        )
+        if active != 0:
+            return []
+        return [
+            f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "
+            "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
+        ]
 
     @torch.no_grad()
     def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:

@@ -60,13 +60,13 @@ def test_bytes_of_the_published_recipe() -> None:
     """ZeRO-3: 3.876 B parameters of two bytes a pass; an update's adapter, in float32."""
     recipe = load_recipe("recipes/flux2_4b.yaml")
     config = size_of(recipe, tiny=False).transformer
-    family: Any = get_family("flux2")
-    sent = traffic.traffic(recipe, family, config, Counter(generator=2, teacher=1), ["generator"])
+    sizes = traffic.Sizes.of(recipe, get_family("flux2"), config)
+    sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), ["generator"])
     assert sent.gathered == 3 * 2 * 3_875_544_576
     assert sent.reduced == 4 * 37_355_520
     whole = [f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")]
     recipe = load_recipe("recipes/flux2_4b.yaml", whole)
-    sent = traffic.traffic(recipe, family, config, Counter(generator=2, teacher=1), [])
+    sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), [])
     assert (sent.gathered, sent.reduced) == (2 * 3_875_544_576, 0)
 
 
@@ -119,8 +119,8 @@ def test_a_base_in_shards_is_gathered_as_often_as_counted(
     # Each row is run once to be measured and once for its phases.
     assert len(gathered) == 2 * sum(sum(each.values()) for each in passes)
     config = size_of(recipe, tiny=True).transformer
-    family: Any = get_family("flux2")
-    expected = traffic.traffic(recipe, family, config, passes[0], ["generator", "fake_score"])
+    sizes = traffic.Sizes.of(recipe, get_family("flux2"), config)
+    expected = traffic.traffic(recipe, sizes, passes[0], ["generator", "fake_score"])
     assert result["rows"][0]["traffic"] == {"gathered": expected.gathered, "reduced": expected.reduced}
 
 

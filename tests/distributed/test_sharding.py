@@ -22,7 +22,7 @@ from rtdmd.models.blocks import (
     recomputation_of,
     recompute_activations,
 )
-from rtdmd.models.lora import adapter_parameters, attach_adapter, init_adapter
+from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.weights import WeightSource
 from rtdmd.randomness import Draws
 
@@ -58,7 +58,6 @@ def build(case: Case, dtype: torch.dtype = torch.float32, **source: Any) -> tupl
 def adapt(network: nn.Module, family: Any, policy: Any) -> dict[str, nn.Parameter]:
     """With an adapter that isn't zero, and blocks recomputed as ``policy`` says."""
     attach_adapter(network, 4, 8.0, family.lora_targets)
-    init_adapter(network, 0.1, lambda name, shape: torch.ones(*shape))
     factors = adapter_parameters(network)
     with torch.no_grad():
         for name, factor in factors.items():
@@ -92,37 +91,35 @@ def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
     return gradients(network, adapt(network, family, "none"), family)
 
 
-def check(case: Case, network: Any, shards: BlockShards, policy: Any) -> None:
+def assert_same(found: tuple[Tensor, list[Tensor]], whole: tuple[Tensor, list[Tensor]]) -> None:
+    torch.testing.assert_close(found[0], whole[0])
+    for mine, theirs in zip(found[1], whole[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+def check(case: Case, policy: str, scope: Any = "none") -> None:
     family, *_ = case
+    network, shards = build(case)
     factors = adapt(network, family, policy)
+    compile_forward(network, scope, family.block_lists)
+    whole = expected(case)
     for _ in range(2):  # the second time with what the first has left behind
-        loss, found = gradients(network, factors, family)
+        found = gradients(network, factors, family)
         shards.after_backward()
         assert shards.gathered_bytes == 0
-        expected_loss, expected_gradients = expected(case)
-        torch.testing.assert_close(loss, expected_loss)
-        for mine, theirs in zip(found, expected_gradients, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+        assert_same(found, whole)
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 def test_gradients_are_the_whole_networks(case: Case, policy: str) -> None:
-    network, shards = build(case)
-    check(case, network, shards, policy)
+    check(case, policy)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_gradients_of_compiled_blocks_are_the_whole_networks(case: Case, policy: str) -> None:
     """Compiled code keeps views of parameters for backward."""
-    network, _ = build(case)
-    factors = adapt(network, case[0], policy)
-    compile_forward(network, "blocks", case[0].block_lists)
-    loss, found = gradients(network, factors, case[0])
-    expected_loss, expected_gradients = expected(case)
-    torch.testing.assert_close(loss, expected_loss)
-    for mine, theirs in zip(found, expected_gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    check(case, policy, "blocks")
 
 
 def test_a_backward_that_broke_off_harms_no_later_forward(case: Case) -> None:
@@ -140,8 +137,7 @@ def test_a_backward_that_broke_off_harms_no_later_forward(case: Case) -> None:
     handle.remove()
     found = gradients(network, factors, family)
     shards.after_backward()
-    for mine, theirs in zip(found[1], expected(case)[1], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    assert_same(found, expected(case))
 
 
 def test_a_loss_of_a_blocks_own_output_has_its_gradient(case: Case) -> None:

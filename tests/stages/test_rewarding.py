@@ -88,7 +88,7 @@ def test_hinge_gradient_equals_autograd_through_everything(
 def test_one_chunks_graph_is_alive_at_a_time(
     parts: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a chunk is decoded, nothing that autograd kept of an earlier one is there."""
+    """When a chunk is decoded, nothing that autograd kept of an earlier one is there, pictures included."""
     family, _ = parts
     kept: list[weakref.ref[Kept]] = []
     alive: list[int] = []
@@ -105,7 +105,9 @@ def test_one_chunks_graph_is_alive_at_a_time(
 
     def watched(latents: torch.Tensor) -> torch.Tensor:
         alive.append(sum(saved() is not None for saved in kept))
-        return decode(latents)
+        images = decode(latents)
+        kept.append(weakref.ref(images))
+        return images
 
     monkeypatch.setattr(family, "decode", watched)
     panel = make_panel(parts, 2)
