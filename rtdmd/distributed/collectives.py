@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.models.attention import mend_cudnn_backward
 
 Result = TypeVar("Result")
 
@@ -127,6 +128,7 @@ def start_ranks(timeout_seconds: float) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local_rank)
+        mend_cudnn_backward()
     else:
         # On CPU, DeepSpeed would first compile a shared-memory collective (a minute and more);
         # gloo serves as well here.
