@@ -37,6 +37,7 @@ class Bench:
         dtype = getattr(torch, recipe.dtype)
         self.ceiling = matrix_ceiling(ranks.device, dtype, 256 if options.tiny else 8192)
         self.flops = 0  # F of one sample
+        self.mapped = 0  # bytes on the device that torch's allocator doesn't count
         on_cuda = ranks.device.type == "cuda"
         self.result: dict[str, Any] = {
             "device": torch.cuda.get_device_name(ranks.device) if on_cuda else "cpu",
@@ -47,6 +48,7 @@ class Bench:
             "stage": options.stage,
             "tiny": options.tiny,
             "ceiling_tflops": self.ceiling / 1e12,
+            "ceilings_tflops": [each / 1e12 for each in ranks.gather_objects(self.ceiling)],
             "rows": self.rows,
             "summary": {},
             "notices": [],
@@ -108,7 +110,7 @@ class Bench:
             return 0.0, 0.0
         device = self.ranks.device
         peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        allocated, reserved = self.slowest(peaks)
+        allocated, reserved = self.slowest([peak + self.mapped for peak in peaks])
         return round(allocated / GIB, 2), round(reserved / GIB, 2)
 
     def measure(self, run: Callable[[int], None], samples: int, forwards: int) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class Bench:
                 run(number)
         clock.enabled = False
         return {
-            name: {"seconds": phase.seconds / count, "peak_gib": round(phase.peak / GIB, 2)}
+            name: {"seconds": phase.seconds / count, "peak_gib": round((phase.peak + self.mapped) / GIB, 2)}
             for name, phase in sorted(clock.phases.items(), key=lambda item: -item[1].seconds)
         }
 

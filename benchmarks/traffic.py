@@ -3,7 +3,8 @@
 A network in shards (ZeRO-3) is gathered once each time that it is run through, forward or backward
 (recomputation finds the layers there). What trains is reduced once an update, in float32. Both are counted as
 the size of the whole; over N ranks at a bus bandwidth of b bytes a second a gather takes (N − 1)/N · size/b
-and a reduction 2·(N − 1)/N · size/b, as NCCL's rings do.
+and a reduction 2·(N − 1)/N · size/b, as NCCL's rings do. If every P ranks have the network once between them,
+a gather is among those.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rtdmd.distributed.config import engine_config, zero_stage
+from rtdmd.distributed.config import engine_config, partition_size, zero_stage
 from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe.schema import Recipe
@@ -35,11 +36,13 @@ class Traffic:
 
     gathered: int
     reduced: int
+    partition: int = 0  # ranks that have a network in shards once between them; 0 is all
 
     def seconds(self, ranks: int, bandwidth: float) -> float:
         """Spent if nothing else happened meanwhile; ``bandwidth`` in bytes a second."""
-        share = (ranks - 1) / ranks
-        return share * (self.gathered + 2 * self.reduced) / bandwidth
+        among = self.partition or ranks
+        sent = (among - 1) / among * self.gathered + 2 * (ranks - 1) / ranks * self.reduced
+        return sent / bandwidth
 
 
 def num_micro_batches(samples: int, size: int | None) -> int:
@@ -94,17 +97,17 @@ class Sizes:
 def traffic(recipe: Recipe, sizes: Sizes, passes: Counter[str], updated: Iterable[str]) -> Traffic:
     """Of a step that runs through networks ``passes`` times and updates the roles ``updated``."""
 
-    def is_sharded(role: str) -> bool:
-        section = getattr(recipe.roles, role)
-        return zero_stage(engine_config(section.engine, recipe.dtype, None)) == 3
+    engines = {role: engine_config(getattr(recipe.roles, role).engine, recipe.dtype, None) for role in passes}
+    sharded = {role: config for role, config in engines.items() if zero_stage(config) == 3}
 
     def trained(role: str) -> int:
         return sizes.adapter if getattr(recipe.roles, role).trains == "lora" else sizes.whole
 
     element = getattr(torch, recipe.dtype).itemsize
     return Traffic(
-        gathered=sum(count * sizes.whole * element for role, count in passes.items() if is_sharded(role)),
+        gathered=sum(passes[role] * sizes.whole * element for role in sharded),
         reduced=sum(4 * trained(role) for role in updated),
+        partition=max((partition_size(config, 0) for config in sharded.values()), default=0),
     )
 
 
@@ -123,12 +126,24 @@ def exposed(communication: Sequence[Interval], computation: Sequence[Interval]) 
 
 
 def device_intervals(trace: dict[str, Any]) -> tuple[list[Interval], list[Interval]]:
-    """Communication and computation in a Chrome trace, in seconds: NCCL's kernels; all others, and copies."""
+    """Communication and computation in a Chrome trace, in seconds.
+
+    The former is NCCL's kernels, and copies on streams on which nothing is computed; the latter all else.
+    """
+    events = [event for event in trace["traceEvents"] if event.get("cat") in _ON_DEVICE]
+
+    def stream(event: dict[str, Any]) -> Any:
+        return event.get("args", {}).get("stream")
+
+    def is_nccl(event: dict[str, Any]) -> bool:
+        return "nccl" in event["name"].lower()
+
+    computing = {stream(event) for event in events if event["cat"] == "kernel" and not is_nccl(event)}
     found: tuple[list[Interval], list[Interval]] = ([], [])
-    for event in trace["traceEvents"]:
-        if event.get("cat") in _ON_DEVICE:
-            start, seconds = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
-            found[0 if "nccl" in event["name"].lower() else 1].append((start, start + seconds))
+    for event in events:
+        start, seconds = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
+        travels = is_nccl(event) or (event["cat"] == "gpu_memcpy" and stream(event) not in computing)
+        found[0 if travels else 1].append((start, start + seconds))
     return found
 
 

@@ -46,6 +46,7 @@ from benchmarks.reward_models import BUILDERS
 from benchmarks.traffic import Sizes, cold_start_passes, communication, rtdmd_passes, traffic
 from rtdmd.distributed.collectives import start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
+from rtdmd.distributed.shared import ShardedBase, SharedNetwork
 from rtdmd.errors import UserError
 from rtdmd.recipe import load_recipe
 from rtdmd.recipe.checks import find_faults
@@ -54,6 +55,7 @@ from rtdmd.recipe.tree import raise_faults
 from rtdmd.stages.assemble import build_stage
 from rtdmd.stages.cold_start import ColdStart
 from rtdmd.stages.networks import HandOver
+from rtdmd.stages.roles import Roles
 from rtdmd.stages.rtdmd import Rtdmd
 from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema
@@ -180,12 +182,20 @@ def build(bench: Bench) -> Built:
     loaders = random_loaders(options.tiny)
     stage = build_stage(options.stage, recipe, ranks, CallLog(ranks), HandOver(), loaders)
     ema = Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=options.stage == "rtdmd")
+    bench.mapped = mapped_bytes(stage.roles)
     bench.result["build_seconds"] = time.perf_counter() - start
     count_flops(bench, stage.family, stage.roles.teacher.unconditional)
     clock = PhaseClock(ranks.device)
     instrument(stage, ema, clock)
     sizes = Sizes.of(recipe, stage.family, size_of(recipe, options.tiny).transformer)
     return Built(stage, ema, clock, stage.draws, sizes)
+
+
+def mapped_bytes(roles: Roles) -> int:
+    """Of shards that other GPUs map, which torch's allocator doesn't count."""
+    networks = [role.engine.network for role in (roles.teacher, roles.generator, roles.fake_score)]
+    bases = {network.base for network in networks if isinstance(network, SharedNetwork)}
+    return sum(base.shards.mapped_bytes for base in bases if isinstance(base, ShardedBase))
 
 
 def step(bench: Bench, built: Built, number: int) -> None:

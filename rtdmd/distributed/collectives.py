@@ -30,6 +30,24 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # of these ranks; None is all there are
+    timeout: timedelta = timedelta(minutes=30)  # of a collective
+
+    def part(self, size: int) -> Ranks:
+        """The ``size`` consecutive ranks among which this one is; ValueError unless that divides them all.
+
+        Collective over all ranks.
+        """
+        if self.world_size % size:
+            raise ValueError(f"{self.world_size} ranks can't be divided into parts of {size}")
+        if size == self.world_size:
+            return self
+        mine = None
+        for first in range(0, self.world_size, size):  # every rank has to make every group
+            group = dist.new_group(range(first, first + size), timeout=self.timeout)
+            if first <= self.rank < first + size:
+                mine = group
+        return Ranks(self.rank % size, size, self.device, mine, self.timeout)
 
     @property
     def is_main(self) -> bool:
@@ -68,19 +86,19 @@ class Ranks:
     def all_gather(self, value: Tensor) -> Tensor:
         """[n, …] on each rank → [world_size, n, …], equal shapes on all ranks."""
         parts = [torch.empty_like(value) for _ in range(self.world_size)]
-        dist.all_gather(parts, value.contiguous())
+        dist.all_gather(parts, value.contiguous(), group=self.group)
         return torch.stack(parts)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One small Python object per rank, on every rank."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def sum(self, value: Tensor) -> Tensor:
         """Element-wise sum over ranks (a new tensor)."""
         total = value.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def mean(self, value: Tensor) -> Tensor:
@@ -89,12 +107,12 @@ class Ranks:
 
     def average_(self, value: Tensor) -> None:
         """Element-wise mean over ranks, in place."""
-        dist.all_reduce(value.div_(self.world_size))
+        dist.all_reduce(value.div_(self.world_size), group=self.group)
 
     def max(self, value: Tensor) -> Tensor:
         """Element-wise maximum over ranks (a new tensor)."""
         largest = value.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         return largest
 
     def any(self, flag: bool) -> bool:
@@ -103,7 +121,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        dist.barrier(group=self.group)
 
 
 def start_ranks(timeout_seconds: float) -> Ranks:
@@ -133,14 +151,15 @@ def start_ranks(timeout_seconds: float) -> Ranks:
         # On CPU, DeepSpeed would first compile a shared-memory collective (a minute and more);
         # gloo serves as well here.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    timeout = timedelta(seconds=timeout_seconds)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timeout,
         auto_mpi_discovery=False,
         verbose=False,
     )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout=timeout)
 
 
 def stop_ranks() -> None:

@@ -43,3 +43,9 @@ def offloads_parameters(config: dict[str, Any]) -> bool:
 def zero_stage(config: dict[str, Any]) -> int:
     """ZeRO stage 0 to 3 of a configuration."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def partition_size(config: dict[str, Any], world_size: int) -> int:
+    """Over how many ranks ZeRO-3 has the parameters once: ``zero_hpz_partition_size``, or all of them."""
+    size = int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+    return size if size > 1 else world_size

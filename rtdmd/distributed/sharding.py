@@ -7,8 +7,8 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.loading import TensorSource, check_shape, copy_flat, load_buffers, make_empty
+from rtdmd.distributed.peers import PeerMemory, share_memory
 
 _ALIGNMENT = 128  # elements: compiled code wants parameters at addresses that 16 divides
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the shards of a frozen network are, and how they come together."""
+
+    ranks: Ranks  # that have the network once between them
+    offload: bool = False  # shards wait in (page-locked) host memory
+    copies: bool = False  # each rank copies from the others' memory, on one machine; else by a collective
 
 
 @dataclass
@@ -33,6 +43,8 @@ class _Unit:
 
     whole: Tensor
     shard: Tensor  # this rank's range of it, in host memory if offloaded
+    peers: list[Tensor] = field(default_factory=list)  # every rank's shard, where this one may read them
+    memory: PeerMemory | None = None  # that the peers lie in
     is_here: bool = False
     in_flight: tuple[dist.Work | None, Tensor] | None = (
         None  # what to wait for, and what must live until then
@@ -48,7 +60,7 @@ class BlockShards:
     """The units of a network, in the order in which they run, and the hooks that gather and release them.
 
     Outside a forward or backward parameters have a shape but no values: reading them reads nothing. Every
-    rank has to run the same blocks in the same order.
+    rank has to run the same blocks in the same order, unless shards are copied.
     """
 
     def __init__(
@@ -120,10 +132,18 @@ class BlockShards:
             unit.whole.copy_(unit.shard, non_blocking=True)
             unit.in_flight = None, unit.shard
             return
+        if unit.peers:
+            size = unit.shard.numel()
+            for step in range(self._ranks.world_size):  # each begins at another's, its own
+                rank = (self._ranks.rank + step) % self._ranks.world_size
+                unit.whole[rank * size : (rank + 1) * size].copy_(unit.peers[rank], non_blocking=True)
+            unit.in_flight = None, unit.shard
+            return
         shard = unit.shard.to(self._ranks.device, non_blocking=True)
         # As bytes: not every backend exchanges every dtype.
         whole, mine = unit.whole.view(torch.uint8), shard.view(torch.uint8)
-        unit.in_flight = dist.all_gather_into_tensor(whole, mine, async_op=True), shard
+        work = dist.all_gather_into_tensor(whole, mine, group=self._ranks.group, async_op=True)
+        unit.in_flight = work, shard
 
     def _release(self, index: int) -> None:
         unit = self._units[index]
@@ -144,11 +164,17 @@ class BlockShards:
         """How much is whole at present, beside the shards."""
         return sum(unit.whole.nbytes for unit in self._units if unit.is_here and not unit.is_resident)
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Of this rank's shards in memory that others map, which torch's allocator doesn't count."""
+        return sum(unit.shard.nbytes for unit in self._units if unit.memory is not None)
+
     def close(self) -> None:
         """Free the memory; the network can't run any more."""
         self.after_backward()
         for unit in self._units:
-            unit.shard.untyped_storage().resize_(0)
+            unit.whole.untyped_storage().resize_(0)
+            unit.shard, unit.peers, unit.memory = unit.shard.new_empty(0), [], None
 
 
 def build_sharded(
@@ -156,16 +182,16 @@ def build_sharded(
     blocks_of: Callable[[nn.Module], Sequence[nn.Module]],
     source: TensorSource,
     dtype: torch.dtype,
-    ranks: Ranks,
-    offload: bool,
+    placement: Placement,
     progress: Callable[[], None],
 ) -> tuple[nn.Module, BlockShards]:
     """A frozen network of which each rank reads and keeps 1/ranks, and what gathers it.
 
-    ``make`` constructs the module, ``blocks_of`` names its blocks in the order in which they run. With
-    ``offload`` shards wait in (page-locked) host memory. ``progress`` is called after each unit. Raises
-    UserError if a tensor has another shape than the network's.
+    ``make`` constructs the module, ``blocks_of`` names its blocks in the order in which they run.
+    ``progress`` is called after each unit. Raises UserError if a tensor has another shape than the
+    network's, or if the ranks can't copy from each other though ``placement`` says so.
     """
+    ranks = placement.ranks
     network = make_empty(make, dtype, ranks.device).requires_grad_(False).eval()
     blocks = list(blocks_of(network))
     names = {parameter: name for name, parameter in network.named_parameters()}
@@ -176,52 +202,74 @@ def build_sharded(
         for module in network.modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+    parts = [rest, *(list(block.parameters()) for block in blocks)]
     units = []
-    for parameters in (rest, *(list(block.parameters()) for block in blocks)):
-        unit, views = _unit({names[p]: p for p in parameters}, source, dtype, ranks, offload)
-        for parameter, view in zip(parameters, views, strict=True):
+    for part, unit in zip(
+        parts, _allocate([_size(part, ranks) for part in parts], dtype, placement), strict=True
+    ):
+        views = _load({names[parameter]: parameter for parameter in part}, unit, source, ranks)
+        for parameter, view in zip(part, views, strict=True):
             module, name = homes[parameter]
             setattr(module, name, nn.Parameter(view, requires_grad=False))
+        if not unit.is_resident:
+            unit.whole.untyped_storage().resize_(0)
         units.append(unit)
         progress()
     load_buffers(network, source, ranks.device)
+    if units[0].peers:
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)
+        ranks.barrier()  # from here on all may read what all have loaded
     return network, BlockShards(network, blocks, units, ranks)
 
 
-def _unit(
-    parameters: dict[str, nn.Parameter],
-    source: TensorSource,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    offload: bool,
-) -> tuple[_Unit, list[Tensor]]:
-    """The parameters, which have no values yet, as a unit with this rank's shard read; views of the whole."""
-    starts, end = [], 0
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+def _size(parameters: Sequence[nn.Parameter], ranks: Ranks) -> int:
+    """Elements of a rank's shard."""
+    whole = sum(_aligned(parameter.numel()) for parameter in parameters)
+    return _aligned(-(-whole // ranks.world_size))
+
+
+def _allocate(sizes: Sequence[int], dtype: torch.dtype, placement: Placement) -> Iterator[_Unit]:
+    """Units with shards of so many elements, without values; as they are asked for, since all are whole."""
+    ranks, offload = placement.ranks, placement.offload
+    memory = None
+    if placement.copies and ranks.world_size > 1:
+        memory = share_memory(sum(sizes), dtype, ranks)
+    start = 0
+    for size in sizes:
+        whole = torch.empty(ranks.world_size * size, dtype=dtype, device=ranks.device)
+        if memory is not None:
+            peers = [each[start : start + size] for each in memory.of_ranks]
+            yield _Unit(whole, peers[ranks.rank], peers, memory)
+        elif ranks.world_size == 1 and not offload:
+            yield _Unit(whole, whole, is_here=True)
+        else:
+            device, pin = ("cpu", ranks.device.type == "cuda") if offload else (ranks.device, False)
+            yield _Unit(whole, torch.empty(size, dtype=dtype, device=device, pin_memory=pin))
+        start += size
+
+
+def _load(
+    parameters: dict[str, nn.Parameter], unit: _Unit, source: TensorSource, ranks: Ranks
+) -> list[Tensor]:
+    """Read this rank's shard; the parameters as views of the whole."""
+    # Not `whole` itself: gathering counts as a change of it, and autograd would refuse what it has kept.
+    unversioned = unit.whole.data
+    views, start = [], 0
+    first = ranks.rank * unit.shard.numel()
     for name, parameter in parameters.items():
         check_shape(source, name, parameter.shape)
-        starts.append(end)
-        end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-    size = -(-end // (ranks.world_size * _ALIGNMENT)) * _ALIGNMENT  # of a shard
-    first = ranks.rank * size
-    whole = torch.empty(ranks.world_size * size, dtype=dtype, device=ranks.device)
-    if ranks.world_size == 1 and not offload:
-        shard = whole
-    else:
-        device, pin = ("cpu", ranks.device.type == "cuda") if offload else (ranks.device, False)
-        shard = torch.empty(size, dtype=dtype, device=device, pin_memory=pin)
-    # Not `whole` itself: gathering counts as a change of it, and autograd would refuse what it has kept.
-    unversioned = whole.data
-    views = []
-    for (name, parameter), start in zip(parameters.items(), starts, strict=True):
-        low, high = max(start, first), min(start + parameter.numel(), first + size)
+        low, high = max(start, first), min(start + parameter.numel(), first + unit.shard.numel())
         if low < high:
-            mine = shard[low - first : high - first]
+            mine = unit.shard[low - first : high - first]
             copy_flat(mine, source, name, parameter.shape, low - start, high - start)
         views.append(unversioned[start : start + parameter.numel()].view(parameter.shape))
-    unit = _Unit(whole, shard, is_here=shard is whole)
-    if not unit.is_here:
-        whole.untyped_storage().resize_(0)
-    return unit, views
+        start += _aligned(parameter.numel())
+    return views
 
 
 class _Signal(torch.autograd.Function):

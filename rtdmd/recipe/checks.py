@@ -100,7 +100,7 @@ def find_faults(recipe: Recipe, source: str, *, world_size: int, stages: Sequenc
     check_arithmetic(report, recipe, world_size=world_size, stages=stages)
     _check_rewards(report, recipe, runs_rtdmd="rtdmd" in stages)
     check_stop_rules(report, recipe)
-    check_engines(report, recipe)
+    check_engines(report, recipe, world_size)
     check_models(report, recipe)
     if "rtdmd" in stages:
         check_starts(report, recipe)

@@ -29,7 +29,7 @@ _DECIDED_BY_RECIPE = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def check_engines(report: Report, recipe: Recipe) -> None:
+def check_engines(report: Report, recipe: Recipe, world_size: int) -> None:
     """Each role's DeepSpeed JSON is there, is valid, and leaves to the recipe what it decides."""
     contents: dict[str, dict[str, Any] | None] = {}
     is_shared = recipe.roles.engines == "shared_base"
@@ -42,6 +42,7 @@ def check_engines(report: Report, recipe: Recipe) -> None:
         if content is not None:
             if is_first:
                 _check_engine(report, key, path, content)
+                _check_partition(report, key, path, content, world_size)
             if is_shared:
                 _check_base_engine(report, key, path, content)
             else:
@@ -60,6 +61,36 @@ def check_engines(report: Report, recipe: Recipe) -> None:
                 report.fault(compile_key, scope, f"{advice}; write blocks, or use ZeRO 0")
     if is_shared:
         _check_shared_base(report, recipe, contents)
+    if recipe.roles.gather == "copies":
+        _check_copies(report, is_shared, contents)
+
+
+def _check_partition(report: Report, key: str, path: str, content: dict[str, Any], world_size: int) -> None:
+    """ZeRO-3 has the parameters once among so many consecutive ranks; 1 stands for all."""
+    zero = content.get("zero_optimization")
+    size = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        report.fault(key, path, f"zero_hpz_partition_size is {json.dumps(size)}; write the GPUs of a machine")
+    elif world_size > 0 and world_size % size:
+        fitting = [str(part) for part in range(1, world_size + 1) if world_size % part == 0]
+        advice = f"which doesn't divide the {world_size} ranks; write {' or '.join(fitting)}"
+        report.fault(key, path, f"zero_hpz_partition_size is {size}, {advice}")
+
+
+def _check_copies(report: Report, is_shared: bool, contents: dict[str, dict[str, Any] | None]) -> None:
+    """Copied from are shards on the GPU, of shared bases."""
+    key, value = "roles.gather", "copies"
+    read = {path: content for path, content in contents.items() if content is not None}
+    if not is_shared:
+        report.fault(
+            key, value, "separate engines gather by collectives; write roles.engines: shared_base, too"
+        )
+    elif not any(_stage(content) == 3 for content in read.values()):
+        report.fault(key, value, "no engine has ZeRO 3, so that nothing is gathered; leave it out")
+    for path, content in read.items():
+        zero = content.get("zero_optimization")
+        if isinstance(zero, dict) and _offloads(zero, "offload_param"):
+            report.fault(key, value, f"{path} has the shards in host memory; write collective")
 
 
 def _check_base_engine(report: Report, key: str, path: str, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ def test_intervals_by_hand() -> None:
 
 
 def test_a_trace_by_hand() -> None:
+    computing, gathering = {"args": {"stream": 7}}, {"args": {"stream": 20}}
     events = [
         {"cat": "kernel", "name": "ncclDevKernel_AllGather_RING_LL", "ts": 1e6, "dur": 5e5},
-        {"cat": "kernel", "name": "triton_poi_fused", "ts": 2e6, "dur": 1e6},
-        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 0, "dur": 1e6},
+        {"cat": "kernel", "name": "triton_poi_fused", "ts": 2e6, "dur": 1e6, **computing},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 0, "dur": 1e6, **computing},
+        {"cat": "gpu_memcpy", "name": "Memcpy PtoP", "ts": 4e6, "dur": 1e6, **gathering},
         {"cat": "gpu_user_annotation", "name": "nccl:all_gather", "ts": 0, "dur": 9e6},
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9e6},
         {"name": "process_name"},
     ]
     found = traffic.device_intervals({"traceEvents": events})
-    assert found == ([(1.0, 1.5)], [(2.0, 3.0), (0.0, 1.0)])
+    assert found == ([(1.0, 1.5), (4.0, 5.0)], [(2.0, 3.0), (0.0, 1.0)])
 
 
 def test_seconds_by_hand() -> None:
@@ -42,6 +45,8 @@ def test_seconds_by_hand() -> None:
     assert exchanged.seconds(1, 1e9) == 0
     assert exchanged.seconds(2, 1e9) == pytest.approx(6)
     assert exchanged.seconds(4, 1e9) == pytest.approx(9)
+    in_pairs = traffic.Traffic(gathered=10**10, reduced=10**9, partition=2)
+    assert in_pairs.seconds(4, 1e9) == pytest.approx(5 + 1.5)
 
 
 def test_passes_by_hand() -> None:
@@ -121,7 +126,7 @@ def test_a_base_in_shards_is_gathered_as_often_as_counted(
     config = size_of(recipe, tiny=True).transformer
     sizes = traffic.Sizes.of(recipe, get_family("flux2"), config)
     expected = traffic.traffic(recipe, sizes, passes[0], ["generator", "fake_score"])
-    assert result["rows"][0]["traffic"] == {"gathered": expected.gathered, "reduced": expected.reduced}
+    assert result["rows"][0]["traffic"] == asdict(expected)
 
 
 def write(path: Path, ranks: int, seconds: float, **more: Any) -> Path:

@@ -102,7 +102,7 @@ CASES = [
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero2")),
     shared("cold_start", extra=PLAIN_LAYOUT[:1]),
     shared("rtdmd", "sd3", extra=ACCUMULATED),
-    shared("cold_start", "sd3", "frozen_zero3", extra=ACCUMULATED),
+    shared("cold_start", "sd3", "frozen_zero3", extra=(*ACCUMULATED, "roles.gather=copies")),
     shared("rtdmd", engine="frozen_zero3", extra=PLAIN_LAYOUT[1:]),
 ]
 # Where a shared base may be.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.sharding import BlockShards, build_sharded
+from rtdmd.distributed.sharding import BlockShards, Placement, build_sharded
 from rtdmd.errors import UserError
 from rtdmd.models import get_family
 from rtdmd.models.blocks import (
@@ -25,6 +25,7 @@ from rtdmd.models.blocks import (
 from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.weights import WeightSource
 from rtdmd.randomness import Draws
+from tests.distributed.launch import run_ranks
 
 Case = tuple[Any, Path, torch.device]
 
@@ -49,8 +50,7 @@ def build(case: Case, dtype: torch.dtype = torch.float32, **source: Any) -> tupl
         lambda network: blocks_of(network, family.block_lists),
         weights,
         dtype,
-        Ranks(0, 1, device),
-        True,
+        Placement(Ranks(0, 1, device), offload=True),
         lambda: None,
     )
 
@@ -193,3 +193,23 @@ def test_weights_of_another_shape_are_refused(tiny_flux2: Path) -> None:
     family = get_family("flux2").load(str(tiny_flux2), device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(UserError, match=r"x_embedder\.weight: the weights have shape \(3, 3\)"):
         build((family, tiny_flux2, torch.device("cpu")), replacement={"x_embedder.weight": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accelerator"),
+    [
+        (4, "cpu"),
+        pytest.param(2, "cuda", marks=pytest.mark.gpu),
+        pytest.param(4, "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_parts_of_the_ranks_have_a_base_once_each(
+    tiny_flux2: Path, world_size: int, accelerator: str
+) -> None:
+    """Gathered by collectives of their own, and by copies."""
+    if accelerator == "cuda" and torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    arguments = ["-m", "tests.distributed.parts", str(tiny_flux2), "2"]
+    outputs = run_ranks(arguments, world_size, accelerator=accelerator)
+    for rank, output in enumerate(outputs):
+        assert f"rank {rank} is done" in output.stdout

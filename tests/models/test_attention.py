@@ -38,9 +38,7 @@ def test_cudnn_gives_one_gradient_for_every_layout() -> None:
     inputs = [torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     gradient = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16)
     exact = [value.detach().double().requires_grad_() for value in inputs]
-    expected = torch.autograd.grad(
-        functional.scaled_dot_product_attention(*exact), exact, gradient.double()
-    )
+    expected = torch.autograd.grad(functional.scaled_dot_product_attention(*exact), exact, gradient.double())
     for laid_out in layouts(gradient):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             got = torch.autograd.grad(functional.scaled_dot_product_attention(*inputs), inputs, laid_out)

@@ -455,6 +455,37 @@ def test_engines_that_a_shared_base_cannot_have(write_recipe: Write, tmp_path: P
         check(write_recipe(), "roles.engines=shared-base")
 
 
+def test_copies_are_of_shards_on_the_gpu(write_recipe: Write) -> None:
+    def line(engine: str) -> str:
+        placed = (item.replace("zero0", engine) for item in SHARED)
+        return the_fault(write_recipe(), *placed, "roles.gather=copies")
+
+    check(write_recipe(), *(item.replace("zero0", "frozen_zero3") for item in SHARED), "roles.gather=copies")
+    assert "no engine has ZeRO 3" in line("zero0")
+    assert "ds_configs/frozen_zero3_offload.json has the shards in host memory; write coll" in line(
+        "frozen_zero3_offload"
+    )
+    assert "write roles.engines: shared_base, too" in the_fault(write_recipe(), "roles.gather=copies")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (3, "zero_hpz_partition_size is 3, which doesn't divide the 4 ranks; write 1 or 2 or 4"),
+        (0, "zero_hpz_partition_size is 0; write the GPUs of a machine"),
+        ("2", 'zero_hpz_partition_size is "2"; write'),
+    ],
+)
+def test_parts_of_the_ranks_are_equal(write_recipe: Write, tmp_path: Path, size: object, words: str) -> None:
+    path = tmp_path / "engine.json"
+    placed = [item.replace("ds_configs/zero0.json", str(path)) for item in SHARED]
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}))
+    check(write_recipe(), *placed, world_size=4)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}))
+    lines = faults(write_recipe(), *placed, world_size=4)
+    assert len(lines) == 1 and words in lines[0]
+
+
 def test_a_misspelt_engine_file_gets_the_nearest(write_recipe: Write) -> None:
     line = the_fault(write_recipe(), "roles.generator.engine=ds_configs/zero_3.json")
     assert "did you mean 'ds_configs/zero3.json'?" in line

@@ -1,0 +1,53 @@
+"""One rank of a base in shards that several parts of the ranks have once each.
+
+RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.distributed.parts PIPELINE SIZE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from rtdmd.distributed.collectives import start_ranks, stop_ranks
+from rtdmd.distributed.sharding import Placement, build_sharded
+from rtdmd.models import get_family
+from rtdmd.models.blocks import blocks_of
+from rtdmd.models.weights import WeightSource
+
+
+def main() -> None:
+    pipeline, size = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(1)
+    ranks = start_ranks(120)
+    family = get_family("flux2").load(pipeline, device=ranks.device, dtype=torch.float32)
+    part = ranks.part(size)
+    assert (part.rank, part.world_size) == (ranks.rank % size, size)
+    first = ranks.rank - part.rank
+    assert part.gather_objects(ranks.rank) == list(range(first, first + size))
+    assert part.sum(torch.tensor(ranks.rank, device=ranks.device)) == sum(range(first, first + size))
+    whole = family.transformer_class.from_pretrained(pipeline, subfolder="transformer").to(ranks.device)
+    text = family.encode_prompts(["a red cube"])
+    x = torch.ones(1, *family.latent_shape(64, 64), device=ranks.device)
+    expected = family.predict_velocity(whole, x, 0.7, text)
+    for copies in (False, True):
+        source = WeightSource(pipeline)
+        network, shards = build_sharded(
+            lambda config=source.config: family.transformer_class.from_config(config),
+            lambda made: blocks_of(made, family.block_lists),
+            source,
+            torch.float32,
+            Placement(part, copies=copies),
+            lambda: None,
+        )
+        held = sum(shard.numel() for shard in shards.shards)
+        total = sum(parameter.numel() for parameter in whole.parameters())
+        assert total / size <= held < total / size + 256 * len(shards.shards)
+        torch.testing.assert_close(family.predict_velocity(network, x, 0.7, text), expected)
+        shards.close()
+    print(f"rank {ranks.rank} is done", flush=True)
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
