@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training steps at true size, one GPU:  bash benchmarks/full_size_runs.sh OUT CASE…
 # JSON and what the processes say in OUT/CASE.*; cases below. PROCESSES=2 starts a case on two GPUs; STEPS, WARMUP and
-# STOPS say what is measured.
+# STOPS say what is measured. benchmarks/lists has lists of cases for benchmarks/jobs.py.
 set -uo pipefail
 out=$1
 shift
@@ -15,6 +15,10 @@ sharded=(with=recipes/layouts/shared_base_zero3.yaml)
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
 offloaded=("${sharded[@]}" model.text_encoder=offload roles.teacher.engine=ds_configs/frozen_zero3_offload.json
   roles.generator.engine=ds_configs/frozen_zero3_offload.json roles.fake_score.engine=ds_configs/frozen_zero3_offload.json)
+in_pairs() { # every two GPUs have the base once
+  sed 's/"stage": 3,/"stage": 3, "zero_hpz_partition_size": 2,/' ds_configs/frozen_zero3.json >"$out/pairs.json"
+  for role in teacher generator fake_score; do echo "roles.$role.engine=$out/pairs.json"; done
+}
 recompute() { echo "roles.generator.activation_checkpointing=$1 roles.fake_score.activation_checkpointing=$1"; }
 # The time of an iteration is linear in the stop index: 1 and 4 have the mean of 1 to 4.
 steps=(--steps "${STEPS:-8}" --warmup "${WARMUP:-2}" --phase-steps 1 --no-save)
@@ -24,12 +28,13 @@ tuning=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]")
 rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
 
 run() { # NAME arguments of train_step …
-  local name=$1 start=$SECONDS
+  local name=$1 start=$SECONDS port
   shift
+  port=$((29500 + $$ % 1000)) # several at a time
   if [ "${PROCESSES:-1}" = 1 ]; then
     python3 -m benchmarks.train_step "$@" --output "$out/$name.json" >"$out/$name.txt" 2>&1
   else
-    python3 -m torch.distributed.run --nproc-per-node "$PROCESSES" -m benchmarks.train_step "$@" \
+    python3 -m torch.distributed.run --master-port "$port" --nproc-per-node "$PROCESSES" -m benchmarks.train_step "$@" \
       --output "$out/$name.json" >"$out/$name.txt" 2>&1
   fi
   echo "$name: exit code $? after $((SECONDS - start)) s"
@@ -48,6 +53,9 @@ for name in "$@"; do
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
     cold_sharded) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_copied) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" roles.gather=copies $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_parts) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" $(in_pairs) roles.gather=copies $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_zero1) run "$name" recipes/flux2_4b.yaml "${replicated[@]//zero2/zero1}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
     cold_offload) run "$name" recipes/flux2_4b.yaml "${offloaded[@]}" $(recompute full) cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;

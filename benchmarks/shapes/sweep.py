@@ -2,8 +2,9 @@
 
   python -m benchmarks.shapes.sweep NAME [--recipe FILE] --seconds 120 120 [key=value …] >> sweep.jsonl
 
-Both stages run in this process, stage 2 from the average that stage 1 has reached; ``--keep FOLDER`` keeps
-what the stages leave in FOLDER/NAME. A line of JSON for each measurement: the judge's accuracy and CLIP's
+Both stages run in this process, stage 2 from the average that stage 1 has reached; ``--stage rtdmd`` runs it
+alone, from what the recipe's rtdmd.start_generator and start_fake_score name. ``--keep FOLDER`` keeps what
+the stages leave in FOLDER/NAME. A line of JSON for each measurement: the judge's accuracy and CLIP's
 reward on validation captions, painted with the average.
 """
 
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--recipe", default="recipes/shapes.yaml")
+    parser.add_argument("--stage", choices=("cold_start", "rtdmd"), help="this one alone")
     parser.add_argument("--seconds", type=float, nargs=2, default=[120.0, 120.0], help="of either stage")
     parser.add_argument("--captions", type=int, default=256)
     parser.add_argument("--keep", type=Path, help="folder for the stages' state dicts")
@@ -93,14 +95,16 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
-    recipe, stages = load_checked(options.recipe, options.overrides, world_size=1)
+    recipe, stages = load_checked(options.recipe, options.overrides, world_size=1, stage=options.stage)
     ranks = start_ranks(3600)
     sweep = Sweep(options.name, recipe, ranks, options.captions, options.every)
-    left = HandOver()
+    given = (recipe.rtdmd.start_generator, recipe.rtdmd.start_fake_score)
+    left = HandOver(*(Path(file) if file and options.stage == "rtdmd" else None for file in given))
+    seconds = dict(zip(("cold_start", "rtdmd"), options.seconds, strict=True))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) if options.keep is None else options.keep / options.name
-        for stage, seconds in zip(stages, options.seconds, strict=False):
-            left = sweep.run(stage, left, seconds, folder / stage)
+        for stage in stages:
+            left = sweep.run(stage, left, seconds[stage], folder / stage)
     stop_ranks()
 
 

@@ -1,0 +1,243 @@
+"""Runs a list of commands in the background, on as many of this machine's GPUs as each needs.
+
+  python -m benchmarks.jobs start benchmarks/lists/scaling.txt --out OUT    # returns at once
+  python -m benchmarks.jobs wait --out OUT --seconds 60                     # what has ended, runs, waits
+  python -m benchmarks.jobs stop --out OUT
+
+A line of the list is a job: its name, how many GPUs it needs, and a command for bash, which finds the latter
+in PROCESSES and the folder in OUT. Jobs start in the list's order, each once its GPUs are free; one that
+needs none starts when its turn comes and sees all. Lines may be added while others run. Commands run in a
+copy of the working tree, so that it may change meanwhile; what they say is in OUT/logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rtdmd.errors import UserError
+
+LEFT_OUT = (".git", ".venv", ".whl", "build", "runs", "__pycache__", "*.egg-info")  # of the tree's copy
+_PAUSE = 0.2  # seconds between looks at the list
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the list."""
+
+    name: str
+    gpus: int
+    command: str
+
+
+def read_list(path: Path) -> list[Job]:
+    """Jobs of a list. UserError with the first line that is none, or has a name that an earlier one has."""
+    jobs: dict[str, Job] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        words = line.split(maxsplit=2)
+        if len(words) < 3 or not words[1].isdecimal():
+            raise UserError(
+                f"{path}: line {number} is {line!r}; write a name, a number of GPUs, and a command"
+            )
+        name, gpus, command = words
+        if name in jobs or Path(name).name != name:
+            raise UserError(f"{path}: line {number}: {name!r} is no name, or another job's; write another")
+        jobs[name] = Job(name, int(gpus), command)
+    return list(jobs.values())
+
+
+@dataclass
+class Running:
+    """A job on its GPUs."""
+
+    job: Job
+    gpus: list[int]
+    process: subprocess.Popen[bytes]
+    since: float
+
+
+@dataclass
+class Scheduler:
+    """Starts jobs in order and notes how they end, in ``out``/state.json."""
+
+    list_path: Path
+    out: Path
+    num_gpus: int
+    tree: Path
+    ended: dict[str, tuple[int, float]] = field(default_factory=dict)  # exit code, seconds
+    running: list[Running] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+
+    def turn(self) -> bool:
+        """One look at everything; whether anything runs or waits."""
+        for each in list(self.running):
+            code = each.process.poll()
+            if code is not None:
+                self.ended[each.job.name] = code, round(time.monotonic() - each.since, 1)
+                self.running.remove(each)
+        waiting = self._waiting()
+        while waiting and self._start(waiting[0]):
+            waiting.pop(0)
+        state = {
+            "scheduler": os.getpid(),
+            "ended": self.ended,
+            "running": {each.job.name: each.process.pid for each in self.running},
+            "waiting": [job.name for job in waiting],
+        }
+        partial = self.out / "state.partial"
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        partial.rename(self.out / "state.json")
+        return bool(waiting or self.running)
+
+    def _waiting(self) -> list[Job]:
+        try:
+            self.jobs = read_list(self.list_path)
+        except (UserError, OSError) as error:  # as it was before, until it is mended
+            print(error, file=sys.stderr, flush=True)
+        known = {*self.ended, *(each.job.name for each in self.running)}
+        return [job for job in self.jobs if job.name not in known]
+
+    def _start(self, job: Job) -> bool:
+        taken = {gpu for each in self.running for gpu in each.gpus}
+        free = [gpu for gpu in range(self.num_gpus) if gpu not in taken]
+        if job.gpus > self.num_gpus:
+            self.ended[job.name] = -1, 0.0
+            self._log(job).write_text(f"needs {job.gpus} GPUs, there are {self.num_gpus}\n", encoding="utf-8")
+            return True
+        if len(free) < job.gpus:
+            return False
+        gpus = free[: job.gpus]
+        environment = os.environ | {"PROCESSES": str(job.gpus), "OUT": str(self.out)}
+        environment["PYTHONUNBUFFERED"] = "1"
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        with open(self._log(job), "wb") as log:
+            process = subprocess.Popen(
+                ["bash", "-c", job.command],
+                cwd=self.tree,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.running.append(Running(job, gpus, process, time.monotonic()))
+        return True
+
+    def _log(self, job: Job) -> Path:
+        return self.out / "logs" / f"{job.name}.txt"
+
+
+def start(options: argparse.Namespace) -> None:
+    """A scheduler in a session of its own. UserError if the list is wrong or the folder is in use."""
+    jobs = read_list(options.list)
+    out: Path = options.out.resolve()
+    if (out / "state.json").exists():
+        raise UserError(f"{out} has jobs already; name another folder, or remove it")
+    (out / "logs").mkdir(parents=True)
+    tree = out / "tree"
+    left_out = shutil.ignore_patterns(*LEFT_OUT, out.name)
+    shutil.copytree(Path.cwd(), tree, ignore=left_out, symlinks=True)
+    command = [sys.executable, "-m", "benchmarks.jobs", "run", str(options.list.resolve()), "--out", str(out)]
+    if options.gpus is not None:
+        command += ["--gpus", str(options.gpus)]
+    with open(out / "scheduler.txt", "wb") as log:
+        subprocess.Popen(
+            command, cwd=tree, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    print(f"{len(jobs)} jobs in {out}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The scheduler itself, until no job runs or waits."""
+    count = torch.cuda.device_count() if options.gpus is None else options.gpus
+    scheduler = Scheduler(options.list, options.out, count, Path.cwd())
+    while scheduler.turn():
+        time.sleep(_PAUSE)
+
+
+def read_state(out: Path) -> dict[str, object]:
+    """What the scheduler wrote last; nothing yet is an empty one."""
+    path = out / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def is_busy(state: dict[str, object]) -> bool:
+    """Whether something runs or waits, or has not been looked at yet."""
+    return not state or bool(state["running"] or state["waiting"])
+
+
+def last_words(log: Path) -> str:
+    """The end of a job's last line, progress bars included."""
+    if not log.exists():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(log.stat().st_size - 2000, 0))
+        text = file.read().decode(errors="replace")
+    lines = [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    return lines[-1].strip()[-150:] if lines else ""
+
+
+def wait(options: argparse.Namespace) -> None:
+    """Report when all has ended, or after ``--seconds``."""
+    deadline = time.monotonic() + options.seconds
+    while is_busy(read_state(options.out)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+    state: dict[str, object] = {"ended": {}, "running": {}, "waiting": [], **read_state(options.out)}
+    ended, running, waiting = state["ended"], state["running"], state["waiting"]
+    assert isinstance(ended, dict) and isinstance(running, dict) and isinstance(waiting, list)
+    for name, (code, seconds) in ended.items():
+        print(f"ended    {name}: exit code {code} after {seconds:.0f} s")
+    for name in running:
+        print(f"running  {name}: {last_words(options.out / 'logs' / f'{name}.txt')}")
+    print(f"waiting  {' '.join(waiting) or 'none'}")
+
+
+def stop(options: argparse.Namespace) -> None:
+    """End the scheduler and all that it has started."""
+    state = read_state(options.out)
+    if not is_busy(state):
+        return
+    running = state["running"]
+    assert isinstance(running, dict)
+    for leader in (state["scheduler"], *running.values()):
+        try:
+            os.killpg(int(str(leader)), signal.SIGTERM)
+        except ProcessLookupError:
+            continue
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = {"start": start, "run": run, "wait": wait, "stop": stop}
+    parser.add_argument("action", choices=actions)
+    parser.add_argument("list", type=Path, nargs="?", help="of start")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for logs and results")
+    parser.add_argument("--gpus", type=int, help="how many there are, if not all")
+    parser.add_argument("--seconds", type=float, default=60, help="wait for so long at most")
+    options = parser.parse_args(arguments)
+    if options.action in ("start", "run") and options.list is None:
+        parser.error(f"{options.action} needs a list of jobs")
+    try:
+        actions[options.action](options)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
