@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention import layouts
 from rtdmd.models.attention import laid_out_like, mend_cudnn_backward
 
 SHAPE = BATCH, HEADS, LENGTH, WIDTH = 2, 4, 48, 64
@@ -22,14 +22,6 @@ def test_only_other_layouts_are_copied() -> None:
     assert torch.equal(moved, other)
 
 
-def layouts(values: Tensor) -> list[Tensor]:
-    """The same [B, H, L, D], as the part of a wider row, as rows, and one head after the other."""
-    rows = torch.full((BATCH, LENGTH, 3 * HEADS * WIDTH), float("nan"), device=values.device).to(values)
-    part = rows[..., : HEADS * WIDTH].unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
-    part.copy_(values)
-    return [part, values.transpose(1, 2).contiguous().transpose(1, 2), values.contiguous()]
-
-
 @pytest.mark.gpu
 def test_cudnn_gives_one_gradient_for_every_layout() -> None:
     """The order in which FLUX.2's blocks come, eager and compiled, in one process."""
@@ -39,7 +31,7 @@ def test_cudnn_gives_one_gradient_for_every_layout() -> None:
     gradient = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16)
     exact = [value.detach().double().requires_grad_() for value in inputs]
     expected = torch.autograd.grad(functional.scaled_dot_product_attention(*exact), exact, gradient.double())
-    for laid_out in layouts(gradient):
+    for laid_out in layouts(gradient).values():
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             got = torch.autograd.grad(functional.scaled_dot_product_attention(*inputs), inputs, laid_out)
         for ours, reference in zip(got, expected, strict=True):
