@@ -1,7 +1,7 @@
 """cuDNN's attention beside flash attention: seconds, and errors by how the output's gradient is laid out.
 
 python -m benchmarks.attention                # forward and backward of FLUX.2-klein 4B's, needs a GPU
-python -m benchmarks.attention --unmended     # without rtdmd.models.attention, as torch is
+python -m benchmarks.attention --unmended     # without rtdmd.distributed.attention, as torch is
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtdmd.models.attention import mend_cudnn_backward
+from rtdmd.distributed.attention import mend_cudnn_backward
 
 SIZES = BATCH, HEADS, LENGTH, WIDTH = 2, 4, 48, 64
 
@@ -35,22 +35,22 @@ def draw(sizes: tuple[int, ...]) -> Tensor:
     return torch.randn(sizes, device="cuda", dtype=torch.bfloat16)
 
 
-def errors() -> None:
+def errors() -> dict[str, list[float]]:
     """‖g − g64‖/‖g64‖ of the gradients at query, key and value, one layout after the other."""
     torch.manual_seed(0)
     inputs = [draw(SIZES).requires_grad_() for _ in range(3)]
     exact = [value.detach().double().requires_grad_() for value in inputs]
     gradient = draw(SIZES)
-    output = attend(exact)
-    expected = torch.autograd.grad(output, exact, gradient.double())
+    expected = torch.autograd.grad(attend(exact), exact, gradient.double())
+    found = {}
     for name, laid_out in layouts(gradient).items():
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             got = torch.autograd.grad(attend(inputs), inputs, laid_out)
-        found = [
+        found[name] = [
             float((ours.double() - reference).norm() / reference.norm())
             for ours, reference in zip(got, expected, strict=True)
         ]
-        print(f"gradient as {name}: " + ", ".join(f"{error:.1e}" for error in found))
+    return found
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
@@ -99,7 +99,8 @@ def main() -> None:
     )
     if not options.unmended:
         mend_cudnn_backward()
-    errors()
+    for name, found in errors().items():
+        print(f"gradient as {name}: " + ", ".join(f"{error:.1e}" for error in found))
     times(options.samples, 24, options.tokens, 128)
 
 

@@ -28,19 +28,21 @@ tuning=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]")
 rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
 
 run() { # NAME arguments of train_step …
-  local name=$1 start=$SECONDS port
+  local name=$1 start=$SECONDS code
   shift
-  port=$((29500 + $$ % 1000)) # several at a time
   if [ "${PROCESSES:-1}" = 1 ]; then
     python3 -m benchmarks.train_step "$@" --output "$out/$name.json" >"$out/$name.txt" 2>&1
   else
-    python3 -m torch.distributed.run --master-port "$port" --nproc-per-node "$PROCESSES" -m benchmarks.train_step "$@" \
+    python3 -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" -m benchmarks.train_step "$@" \
       --output "$out/$name.json" >"$out/$name.txt" 2>&1
   fi
-  echo "$name: exit code $? after $((SECONDS - start)) s"
+  code=$?
+  [ "$code" = 0 ] || failed=1
+  echo "$name: exit code $code after $((SECONDS - start)) s"
   tail -n 30 "$out/$name.txt" | grep -v Warning | cut -c1-300
 }
 
+failed=0
 for name in "$@"; do
   case $name in
     cold) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
@@ -70,6 +72,7 @@ for name in "$@"; do
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" ;;
     sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" --baseline ;;
     sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    *) echo "$name: no such case" >&2 ;;
+    *) failed=1; echo "$name: no such case" >&2 ;;
   esac
 done
+exit $failed

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from benchmarks.gpus import visible_gpus
 from rtdmd.errors import UserError
 
-LEFT_OUT = (".git", ".venv", ".whl", "build", "runs", "__pycache__", "*.egg-info")  # of the tree's copy
+LEFT_OUT = (".git", ".venv", ".whl", ".*_cache", "build", "runs", "__pycache__", "*.egg-info")  # of the copy
+SCHEDULER = "scheduler.pid"
 _PAUSE = 0.2  # seconds between looks at the list
 
 
@@ -64,7 +64,7 @@ class Running:
     """A job on its GPUs."""
 
     job: Job
-    gpus: list[int]
+    gpus: list[str]
     process: subprocess.Popen[bytes]
     since: float
 
@@ -75,7 +75,7 @@ class Scheduler:
 
     list_path: Path
     out: Path
-    num_gpus: int
+    gpus: list[str]
     tree: Path
     ended: dict[str, tuple[int, float]] = field(default_factory=dict)  # exit code, seconds
     running: list[Running] = field(default_factory=list)
@@ -91,16 +91,27 @@ class Scheduler:
         waiting = self._waiting()
         while waiting and self._start(waiting[0]):
             waiting.pop(0)
+        self._write(waiting)
+        return bool(waiting or self.running)
+
+    def stop(self) -> None:
+        """End all that runs; what waits never starts."""
+        for each in self.running:
+            os.killpg(each.process.pid, signal.SIGTERM)
+        for each in self.running:
+            self.ended[each.job.name] = each.process.wait(), round(time.monotonic() - each.since, 1)
+        self.running = []
+        self._write(self._waiting())
+
+    def _write(self, waiting: Sequence[Job]) -> None:
         state = {
-            "scheduler": os.getpid(),
             "ended": self.ended,
-            "running": {each.job.name: each.process.pid for each in self.running},
+            "running": [each.job.name for each in self.running],
             "waiting": [job.name for job in waiting],
         }
         partial = self.out / "state.partial"
         partial.write_text(json.dumps(state), encoding="utf-8")
         partial.rename(self.out / "state.json")
-        return bool(waiting or self.running)
 
     def _waiting(self) -> list[Job]:
         try:
@@ -112,10 +123,11 @@ class Scheduler:
 
     def _start(self, job: Job) -> bool:
         taken = {gpu for each in self.running for gpu in each.gpus}
-        free = [gpu for gpu in range(self.num_gpus) if gpu not in taken]
-        if job.gpus > self.num_gpus:
+        free = [gpu for gpu in self.gpus if gpu not in taken]
+        if job.gpus > len(self.gpus):
             self.ended[job.name] = -1, 0.0
-            self._log(job).write_text(f"needs {job.gpus} GPUs, there are {self.num_gpus}\n", encoding="utf-8")
+            text = f"needs {job.gpus} GPUs, there are {len(self.gpus)}\n"
+            self._log(job).write_text(text, encoding="utf-8")
             return True
         if len(free) < job.gpus:
             return False
@@ -123,7 +135,7 @@ class Scheduler:
         environment = os.environ | {"PROCESSES": str(job.gpus), "OUT": str(self.out)}
         environment["PYTHONUNBUFFERED"] = "1"
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with open(self._log(job), "wb") as log:
             process = subprocess.Popen(
                 ["bash", "-c", job.command],
@@ -141,43 +153,70 @@ class Scheduler:
         return self.out / "logs" / f"{job.name}.txt"
 
 
+def copy_tree(source: Path, target: Path, out: Path) -> None:
+    """The working tree without what is built or made: LEFT_OUT, ``out`` and other folders of jobs."""
+    patterns = shutil.ignore_patterns(*LEFT_OUT)
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        paths = {name: Path(folder, name) for name in names}
+        made = [name for name, path in paths.items() if path.resolve() == out or has_jobs(path)]
+        return {*patterns(folder, names), *made}
+
+    shutil.copytree(source, target, ignore=left_out, symlinks=True)
+
+
+def has_jobs(folder: Path) -> bool:
+    """Whether ``start`` was there."""
+    return (folder / SCHEDULER).exists()
+
+
 def start(options: argparse.Namespace) -> None:
     """A scheduler in a session of its own. UserError if the list is wrong or the folder is in use."""
     jobs = read_list(options.list)
     out: Path = options.out.resolve()
-    if (out / "state.json").exists():
+    if has_jobs(out):
         raise UserError(f"{out} has jobs already; name another folder, or remove it")
     (out / "logs").mkdir(parents=True)
-    tree = out / "tree"
-    left_out = shutil.ignore_patterns(*LEFT_OUT, out.name)
-    shutil.copytree(Path.cwd(), tree, ignore=left_out, symlinks=True)
+    copy_tree(Path.cwd(), out / "tree", out)
     command = [sys.executable, "-m", "benchmarks.jobs", "run", str(options.list.resolve()), "--out", str(out)]
     if options.gpus is not None:
         command += ["--gpus", str(options.gpus)]
     with open(out / "scheduler.txt", "wb") as log:
-        subprocess.Popen(
-            command, cwd=tree, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        process = subprocess.Popen(
+            command,
+            cwd=out / "tree",
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
+    (out / SCHEDULER).write_text(f"{process.pid}\n", encoding="utf-8")
     print(f"{len(jobs)} jobs in {out}")
 
 
 def run(options: argparse.Namespace) -> None:
-    """The scheduler itself, until no job runs or waits."""
-    count = torch.cuda.device_count() if options.gpus is None else options.gpus
-    scheduler = Scheduler(options.list, options.out, count, Path.cwd())
-    while scheduler.turn():
+    """The scheduler itself, until no job runs or waits, or it is stopped."""
+    gpus = visible_gpus() if options.gpus is None else [str(number) for number in range(options.gpus)]
+    scheduler = Scheduler(options.list, options.out, gpus, Path.cwd())
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    while scheduler.turn() and not stopped:
         time.sleep(_PAUSE)
+    scheduler.stop()
 
 
-def read_state(out: Path) -> dict[str, object]:
-    """What the scheduler wrote last; nothing yet is an empty one."""
-    path = out / "state.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def is_busy(state: dict[str, object]) -> bool:
-    """Whether something runs or waits, or has not been looked at yet."""
-    return not state or bool(state["running"] or state["waiting"])
+def scheduler_of(out: Path) -> int | None:
+    """The process that looks after a folder's jobs, None if it has ended. UserError if there was none."""
+    if not has_jobs(out):
+        raise UserError(f"{out} has no jobs; name the folder that `start` was given")
+    number = int((out / SCHEDULER).read_text(encoding="utf-8"))
+    try:
+        words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+        status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return None
+    is_ours = b"benchmarks.jobs" in words and str(out.resolve()).encode() in words
+    return number if is_ours and status != "Z" else None
 
 
 def last_words(log: Path) -> str:
@@ -194,30 +233,26 @@ def last_words(log: Path) -> str:
 def wait(options: argparse.Namespace) -> None:
     """Report when all has ended, or after ``--seconds``."""
     deadline = time.monotonic() + options.seconds
-    while is_busy(read_state(options.out)) and time.monotonic() < deadline:
+    while scheduler_of(options.out) is not None and time.monotonic() < deadline:
         time.sleep(_PAUSE)
-    state: dict[str, object] = {"ended": {}, "running": {}, "waiting": [], **read_state(options.out)}
-    ended, running, waiting = state["ended"], state["running"], state["waiting"]
-    assert isinstance(ended, dict) and isinstance(running, dict) and isinstance(waiting, list)
-    for name, (code, seconds) in ended.items():
+    is_alive = scheduler_of(options.out) is not None
+    path = options.out / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, (code, seconds) in state.get("ended", {}).items():
         print(f"ended    {name}: exit code {code} after {seconds:.0f} s")
-    for name in running:
+    for name in state.get("running", []):
         print(f"running  {name}: {last_words(options.out / 'logs' / f'{name}.txt')}")
-    print(f"waiting  {' '.join(waiting) or 'none'}")
+    for name in state.get("waiting", []):
+        print(f"waiting  {name}")
+    if not is_alive and (not state or state["running"] or state["waiting"]):
+        raise UserError(f"nothing runs any more; {options.out / 'scheduler.txt'} may say why")
 
 
 def stop(options: argparse.Namespace) -> None:
     """End the scheduler and all that it has started."""
-    state = read_state(options.out)
-    if not is_busy(state):
-        return
-    running = state["running"]
-    assert isinstance(running, dict)
-    for leader in (state["scheduler"], *running.values()):
-        try:
-            os.killpg(int(str(leader)), signal.SIGTERM)
-        except ProcessLookupError:
-            continue
+    while (number := scheduler_of(options.out)) is not None:
+        os.kill(number, signal.SIGTERM)
+        time.sleep(_PAUSE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,16 +31,18 @@ COLUMNS = (
 
 
 def read(paths: Sequence[Path]) -> Series:
-    """Rows that succeeded. UserError if a measurement hasn't been made on one rank."""
+    """Rows that succeeded, of measurements made on one rank too; names the others. UserError without any."""
     series: Series = defaultdict(dict)
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
             if "utilisation" in row and "error" not in row and not row.get("baseline"):
                 series[path.stem, row["case"]][result["ranks"]] = row
-    for (name, case), by_ranks in series.items():
-        if 1 not in by_ranks:
-            raise UserError(f"{name}: {case!r} was not measured on one rank; add that run's file")
+    for name, case in [key for key, by_ranks in series.items() if 1 not in by_ranks]:
+        print(f"{name}: {case!r} is left out: no file has it on one rank", file=sys.stderr)
+        del series[name, case]
+    if not series:
+        raise UserError("nothing was measured on one rank; add the files of those runs")
     return series
 
 

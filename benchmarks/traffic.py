@@ -36,12 +36,11 @@ class Traffic:
 
     gathered: int
     reduced: int
-    partition: int = 0  # ranks that have a network in shards once between them; 0 is all
+    partition: int  # ranks that have a network in shards once between them
 
     def seconds(self, ranks: int, bandwidth: float) -> float:
         """Spent if nothing else happened meanwhile; ``bandwidth`` in bytes a second."""
-        among = self.partition or ranks
-        sent = (among - 1) / among * self.gathered + 2 * (ranks - 1) / ranks * self.reduced
+        sent = (self.partition - 1) / self.partition * self.gathered + 2 * (ranks - 1) / ranks * self.reduced
         return sent / bandwidth
 
 
@@ -94,9 +93,10 @@ class Sizes:
         return cls(whole, sum(parameter.numel() for parameter in adapter_parameters(network).values()))
 
 
-def traffic(recipe: Recipe, sizes: Sizes, passes: Counter[str], updated: Iterable[str]) -> Traffic:
+def traffic(
+    recipe: Recipe, sizes: Sizes, passes: Counter[str], updated: Iterable[str], ranks: int
+) -> Traffic:
     """Of a step that runs through networks ``passes`` times and updates the roles ``updated``."""
-
     engines = {role: engine_config(getattr(recipe.roles, role).engine, recipe.dtype, None) for role in passes}
     sharded = {role: config for role, config in engines.items() if zero_stage(config) == 3}
 
@@ -107,7 +107,7 @@ def traffic(recipe: Recipe, sizes: Sizes, passes: Counter[str], updated: Iterabl
     return Traffic(
         gathered=sum(passes[role] * sizes.whole * element for role in sharded),
         reduced=sum(4 * trained(role) for role in updated),
-        partition=max((partition_size(config, 0) for config in sharded.values()), default=0),
+        partition=max((partition_size(config, ranks) for config in sharded.values()), default=ranks),
     )
 
 

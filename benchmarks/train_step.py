@@ -259,7 +259,7 @@ def exchange(
     updated: Sequence[str],
 ) -> dict[str, Any]:
     """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
-    row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated))}
+    row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated, bench.ranks.world_size))}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
         spent = communication(partial(run, 0), bench.ranks.device)
         row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))

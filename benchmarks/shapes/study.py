@@ -23,8 +23,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import torch
-
+from benchmarks.gpus import visible_gpus
 from benchmarks.shapes.report import TEACHERS
 
 RECIPE = "recipes/shapes.yaml"
@@ -91,9 +90,7 @@ class Devices:
     """Places for processes: each is a GPU (None: the CPU) and a port of its own."""
 
     def __init__(self, parallel: int) -> None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
-        gpus: list[str | None] = [*names] or [None]
+        gpus: list[str | None] = [*visible_gpus()] or [None]
         self._free: Queue[tuple[str | None, int]] = Queue()
         for number in range(parallel * len(gpus)):
             self._free.put((gpus[number % len(gpus)], FIRST_PORT + number))

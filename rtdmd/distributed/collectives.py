@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rtdmd.distributed.attention import mend_cudnn_backward
 from rtdmd.errors import TrainingHalted, UserError
-from rtdmd.models.attention import mend_cudnn_backward
 
 Result = TypeVar("Result")
 
@@ -36,18 +37,14 @@ class Ranks:
     def part(self, size: int) -> Ranks:
         """The ``size`` consecutive ranks among which this one is; ValueError unless that divides them all.
 
-        Collective over all ranks.
+        Collective over all ranks the first time. A part has no parts.
         """
-        if self.world_size % size:
-            raise ValueError(f"{self.world_size} ranks can't be divided into parts of {size}")
         if size == self.world_size:
             return self
-        mine = None
-        for first in range(0, self.world_size, size):  # every rank has to make every group
-            group = dist.new_group(range(first, first + size), timeout=self.timeout)
-            if first <= self.rank < first + size:
-                mine = group
-        return Ranks(self.rank % size, size, self.device, mine, self.timeout)
+        if self.world_size % size or self.group is not None:
+            raise ValueError(f"{self.world_size} ranks can't be divided into parts of {size}")
+        groups = _groups(self.world_size, size, self.timeout)
+        return Ranks(self.rank % size, size, self.device, groups[self.rank // size], self.timeout)
 
     @property
     def is_main(self) -> bool:
@@ -124,6 +121,14 @@ class Ranks:
         dist.barrier(group=self.group)
 
 
+@cache
+def _groups(world_size: int, size: int, timeout: timedelta) -> list[dist.ProcessGroup]:
+    """Of all parts: every rank has to make every group. They last, as they hold memory on GPUs."""
+    return [
+        dist.new_group(range(first, first + size), timeout=timeout) for first in range(0, world_size, size)
+    ]
+
+
 def start_ranks(timeout_seconds: float) -> Ranks:
     """Join the process group that the launcher (deepspeed, torchrun, srun) laid out.
 
@@ -164,5 +169,6 @@ def start_ranks(timeout_seconds: float) -> Ranks:
 
 def stop_ranks() -> None:
     """Leave the process group."""
+    _groups.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

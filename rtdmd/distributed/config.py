@@ -46,6 +46,6 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 
 def partition_size(config: dict[str, Any], world_size: int) -> int:
-    """Over how many ranks ZeRO-3 has the parameters once: ``zero_hpz_partition_size``, or all of them."""
+    """Over how many ranks ZeRO-3 has the parameters once: ``zero_hpz_partition_size``, at most all."""
     size = int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
-    return size if size > 1 else world_size
+    return min(size, world_size) if size > 1 else world_size

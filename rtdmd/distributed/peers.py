@@ -44,6 +44,8 @@ def share_memory(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
 
 
 def _symmetric(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
+    # Read at the first use of symmetric memory; nothing here needs NVLink's multicast.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed._symmetric_memory as symmetric_memory
 
     mine = ranks.device.index
@@ -64,7 +66,8 @@ def _symmetric(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
 
 def _mapped(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
     with tempfile.NamedTemporaryFile(prefix="rtdmd-shard-") as file:
-        os.posix_fallocate(file.fileno(), 0, max(count * dtype.itemsize, 1))
+        with ranks.together():
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
         paths = ranks.gather_objects(file.name)
         with ranks.together():
             return PeerMemory([torch.from_file(path, shared=True, size=count, dtype=dtype) for path in paths])

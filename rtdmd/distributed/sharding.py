@@ -8,6 +8,7 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -203,23 +204,24 @@ def build_sharded(
         for name, parameter in module.named_parameters(recurse=False)
     }
     parts = [rest, *(list(block.parameters()) for block in blocks)]
+    sizes = [_size(part, ranks) for part in parts]
+    memory = None
+    if placement.copies and ranks.world_size > 1:
+        memory = share_memory(sum(sizes), dtype, ranks)
     units = []
-    for part, unit in zip(
-        parts, _allocate([_size(part, ranks) for part in parts], dtype, placement), strict=True
-    ):
-        views = _load({names[parameter]: parameter for parameter in part}, unit, source, ranks)
-        for parameter, view in zip(part, views, strict=True):
-            module, name = homes[parameter]
-            setattr(module, name, nn.Parameter(view, requires_grad=False))
-        if not unit.is_resident:
-            unit.whole.untyped_storage().resize_(0)
-        units.append(unit)
-        progress()
-    load_buffers(network, source, ranks.device)
-    if units[0].peers:
+    with nullcontext() if memory is None else ranks.together():  # then nobody copies what isn't there
+        for part, unit in zip(parts, _allocate(sizes, dtype, placement, memory), strict=True):
+            views = _load({names[parameter]: parameter for parameter in part}, unit, source, ranks)
+            for parameter, view in zip(part, views, strict=True):
+                module, name = homes[parameter]
+                setattr(module, name, nn.Parameter(view, requires_grad=False))
+            if not unit.is_resident:
+                unit.whole.untyped_storage().resize_(0)
+            units.append(unit)
+            progress()
+        load_buffers(network, source, ranks.device)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize(ranks.device)
-        ranks.barrier()  # from here on all may read what all have loaded
     return network, BlockShards(network, blocks, units, ranks)
 
 
@@ -233,12 +235,11 @@ def _size(parameters: Sequence[nn.Parameter], ranks: Ranks) -> int:
     return _aligned(-(-whole // ranks.world_size))
 
 
-def _allocate(sizes: Sequence[int], dtype: torch.dtype, placement: Placement) -> Iterator[_Unit]:
+def _allocate(
+    sizes: Sequence[int], dtype: torch.dtype, placement: Placement, memory: PeerMemory | None
+) -> Iterator[_Unit]:
     """Units with shards of so many elements, without values; as they are asked for, since all are whole."""
     ranks, offload = placement.ranks, placement.offload
-    memory = None
-    if placement.copies and ranks.world_size > 1:
-        memory = share_memory(sum(sizes), dtype, ranks)
     start = 0
     for size in sizes:
         whole = torch.empty(ranks.world_size * size, dtype=dtype, device=ranks.device)

@@ -71,7 +71,7 @@ def _check_partition(report: Report, key: str, path: str, content: dict[str, Any
     size = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         report.fault(key, path, f"zero_hpz_partition_size is {json.dumps(size)}; write the GPUs of a machine")
-    elif world_size > 0 and world_size % size:
+    elif size < world_size and world_size % size:
         fitting = [str(part) for part in range(1, world_size + 1) if world_size % part == 0]
         advice = f"which doesn't divide the {world_size} ranks; write {' or '.join(fitting)}"
         report.fault(key, path, f"zero_hpz_partition_size is {size}, {advice}")

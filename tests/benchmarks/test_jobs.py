@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import jobs
+from benchmarks.gpus import visible_gpus
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -40,7 +41,7 @@ def test_faults_name_the_line(tmp_path: Path, line: str, words: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_jobs_have_gpus_of_their_own_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_have_gpus_of_their_own_in_order(tmp_path: Path) -> None:
     """The third needs both GPUs: it waits for the first two, and the fourth doesn't overtake it."""
     begun, ended = 'echo "$PROCESSES gpus $CUDA_VISIBLE_DEVICES"', 'echo "end $PROCESSES"'
     note = f"{begun} >>$OUT/notes; sleep 0.3; {ended} >>$OUT/notes"
@@ -54,56 +55,79 @@ def test_jobs_have_gpus_of_their_own_in_order(tmp_path: Path, capsys: pytest.Cap
         "f 0 pwd",
     )
     out = tmp_path / "out"
-    scheduler = jobs.Scheduler(path, out, 2, tmp_path)
+    scheduler = jobs.Scheduler(path, out, ["2", "3"], tmp_path)
     (out / "logs").mkdir(parents=True)
     while scheduler.turn():
         time.sleep(0.02)
     lines = (out / "notes").read_text().splitlines()
-    assert sorted(lines[:2]) == ["1 gpus 0", "1 gpus 1"]
-    assert lines[2:] == ["end 1", "end 1", "2 gpus 0,1", "end 2"]
+    assert sorted(lines[:2]) == ["1 gpus 2", "1 gpus 3"]
+    assert lines[2:] == ["end 1", "end 1", "2 gpus 2,3", "end 2"]
     assert {name: code for name, (code, _) in scheduler.ended.items()} == dict(a=0, b=0, c=0, d=3, e=-1, f=0)
     assert (out / "logs" / "f.txt").read_text().strip() == str(tmp_path)
     assert jobs.last_words(out / "logs" / "d.txt") == "2 of 2"
-    jobs.main(["wait", "--out", str(out)])
-    said = capsys.readouterr().out
-    assert "ended    d: exit code 3" in said and "waiting  none" in said
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, names in (("2,3", ["2", "3"]), ("", []), ("GPU-7149f058", ["GPU-7149f058"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert visible_gpus() == names
+
+
+def test_the_copy_of_the_tree(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("recipes/a.yaml", "rtdmd/recipes/b.yaml", "runs/big", "old/scheduler.pid", ".mypy_cache/c"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    out = source / "recipes" / "out"
+    out.mkdir()
+    jobs.copy_tree(source, out / "tree", out)
+    found = [str(path.relative_to(out / "tree")) for path in (out / "tree").rglob("*") if path.is_file()]
+    assert sorted(found) == ["recipes/a.yaml", "rtdmd/recipes/b.yaml"]
+
+
+def said_by(words: str, out: Path, capsys: pytest.CaptureFixture[str]) -> bool:
+    """Whether ``wait`` says so within half a minute."""
+    for _ in range(100):
+        jobs.main(["wait", "--out", str(out), "--seconds", "0.3"])
+        if words in capsys.readouterr().out:
+            return True
+    return False
+
+
+def until_refused(out: Path) -> None:
+    """Until the scheduler has looked at the list and gone on with what it knew."""
+    deadline = time.monotonic() + 10
+    while "line 4 is 'broken'" not in (out / "scheduler.txt").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_in_the_background_until_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs, "LEFT_OUT", ("data", "tests", ".git", ".venv", "docs"))
-    path = write(tmp_path / "list.txt", "long 1 echo begun; sleep 60")
+    monkeypatch.setattr(jobs, "LEFT_OUT", (*jobs.LEFT_OUT, "data", "tests", "docs"))
+    path = write(tmp_path / "list.txt", "short 0 exit 2", "long 1 echo begun; exec sleep 61.25")
     out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="has no jobs"):
+        jobs.main(["stop", "--out", str(out)])
     jobs.main(["start", str(path), "--out", str(out), "--gpus", "1"])
-    for _ in range(100):
-        jobs.main(["wait", "--out", str(out), "--seconds", "0.3"])
-        if "running  long: begun" in capsys.readouterr().out:
-            break
-    with pytest.raises(SystemExit, match="has jobs already"):
-        jobs.main(["start", str(path), "--out", str(out)])
-    with open(path, "a") as file:
-        file.write("later 1 true\n")
-    for _ in range(100):
-        jobs.main(["wait", "--out", str(out), "--seconds", "0.3"])
-        if "waiting  later" in capsys.readouterr().out:
-            break
-    else:
-        pytest.fail("the added job isn't waiting")
-    state = jobs.read_state(out)
-    jobs.main(["stop", "--out", str(out)])
-    running = state["running"]
-    assert isinstance(running, dict)
-    deadline = time.monotonic() + 10
-    for process in (state["scheduler"], *running.values()):
-        while is_alive(int(str(process))):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def is_alive(process: int) -> bool:
-    """Running, and not waiting for its parent to hear of its end."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        assert said_by("running  long: begun", out, capsys)
+        with pytest.raises(SystemExit, match="has jobs already"):
+            jobs.main(["start", str(path), "--out", str(out)])
+        with open(path, "a") as file:
+            file.write("later 1 true\nbroken\n")
+        until_refused(out)
+        with open(path, "w") as file:
+            file.write("short 0 exit 2\nlong 1 sleep 61\nlater 1 true\n")
+        assert said_by("waiting  later", out, capsys)
+    finally:
+        jobs.main(["stop", "--out", str(out)])
+    with pytest.raises(SystemExit, match="nothing runs any more"):
+        jobs.main(["wait", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "ended    short: exit code 2" in said and "ended    long: exit code -15" in said
+    assert "waiting  later" in said
+    assert "write a name, a number of GPUs" in (out / "scheduler.txt").read_text()
+    commands = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if entry.exists()]
+    assert not any(b"61.25" in command for command in commands)

@@ -41,12 +41,14 @@ def test_a_trace_by_hand() -> None:
 
 def test_seconds_by_hand() -> None:
     """10 GB gathered and 1 GB reduced: a half of the former and twice a half of the latter on two ranks."""
-    exchanged = traffic.Traffic(gathered=10**10, reduced=10**9)
-    assert exchanged.seconds(1, 1e9) == 0
-    assert exchanged.seconds(2, 1e9) == pytest.approx(6)
-    assert exchanged.seconds(4, 1e9) == pytest.approx(9)
-    in_pairs = traffic.Traffic(gathered=10**10, reduced=10**9, partition=2)
-    assert in_pairs.seconds(4, 1e9) == pytest.approx(5 + 1.5)
+
+    def seconds(ranks: int, partition: int) -> float:
+        return traffic.Traffic(gathered=10**10, reduced=10**9, partition=partition).seconds(ranks, 1e9)
+
+    assert seconds(1, 1) == 0
+    assert seconds(2, 2) == pytest.approx(6)
+    assert seconds(4, 4) == pytest.approx(9)
+    assert seconds(4, 2) == pytest.approx(5 + 1.5)
 
 
 def test_passes_by_hand() -> None:
@@ -66,12 +68,12 @@ def test_bytes_of_the_published_recipe() -> None:
     recipe = load_recipe("recipes/flux2_4b.yaml")
     config = size_of(recipe, tiny=False).transformer
     sizes = traffic.Sizes.of(recipe, get_family("flux2"), config)
-    sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), ["generator"])
+    sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), ["generator"], 2)
     assert sent.gathered == 3 * 2 * 3_875_544_576
     assert sent.reduced == 4 * 37_355_520
     whole = [f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")]
     recipe = load_recipe("recipes/flux2_4b.yaml", whole)
-    sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), [])
+    sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), [], 2)
     assert (sent.gathered, sent.reduced) == (2 * 3_875_544_576, 0)
 
 
@@ -125,24 +127,26 @@ def test_a_base_in_shards_is_gathered_as_often_as_counted(
     assert len(gathered) == 2 * sum(sum(each.values()) for each in passes)
     config = size_of(recipe, tiny=True).transformer
     sizes = traffic.Sizes.of(recipe, get_family("flux2"), config)
-    expected = traffic.traffic(recipe, sizes, passes[0], ["generator", "fake_score"])
+    expected = traffic.traffic(recipe, sizes, passes[0], ["generator", "fake_score"], 1)
     assert result["rows"][0]["traffic"] == asdict(expected)
 
 
 def write(path: Path, ranks: int, seconds: float, **more: Any) -> Path:
     row = {"case": "stop 1", "seconds": seconds, "utilisation": 0.5, "peak_gib": 20.0, **more}
-    row["traffic"] = {"gathered": 10**10, "reduced": 10**9}
+    row["traffic"] = {"gathered": 10**10, "reduced": 10**9, "partition": ranks}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"ranks": ranks, "rows": [row, {"case": "save", "seconds": 1.0}]}))
     return path
 
 
-def test_the_scaling_table(tmp_path: Path) -> None:
+def test_the_scaling_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On two ranks 6 s at 1 GB/s if nothing is hidden: 4/(4 + 6)."""
     one = write(tmp_path / "one" / "x.json", 1, 4.0)
     spent = {"seconds": 2.5, "exposed_seconds": 1.0}
     two = write(tmp_path / "two" / "x.json", 2, 5.0, communication=spent)
-    scaling.main([str(one), str(two), "--bandwidth", "1", "--to", str(tmp_path / "to")])
+    alone = write(tmp_path / "two" / "y.json", 2, 5.0)
+    scaling.main([str(one), str(two), str(alone), "--bandwidth", "1", "--to", str(tmp_path / "to")])
+    assert "y: 'stop 1' is left out" in capsys.readouterr().err
     lines = (tmp_path / "to" / "scaling.md").read_text().splitlines()
     assert lines[2] == "| `x` | stop 1 | 1 | 4.000 | 100.0% | 100.0% to 100% |  |  | 20.0 |"
     assert lines[3] == "| `x` | stop 1 | 2 | 5.000 | 80.0% | 40.0% to 100% | 50% | 20% | 20.0 |"
@@ -154,4 +158,4 @@ def test_scaling_needs_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as stopped:
         scaling.main([str(two), "--bandwidth", "1", "--to", str(tmp_path)])
     assert stopped.value.code == 2
-    assert "x: 'stop 1' was not measured on one rank" in capsys.readouterr().err
+    assert "nothing was measured on one rank" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def mend_cudnn_backward() -> torch.library.Library:
     def backward(
         gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *rest: Any, **named: Any
     ) -> Any:
-        if torch.is_grad_enabled() and gradient.requires_grad:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (gradient, query, key, value)):
             raise NotImplementedError("cuDNN's attention has no second derivative")
         gradient, out = laid_out_like(gradient, query), laid_out_like(out, query)
         with torch._C._AutoDispatchBelowAutograd():
