@@ -77,6 +77,7 @@ class Launch:
     def command(self, extra: Sequence[str]) -> list[str]:
         stage = self.variant.stage
         overrides = [f"name={self.name}", f"output={self.out}", f"seed={self.seed}", *self.variant.overrides]
+        overrides.append("preview.num_images=0")  # a network that is one graph is compiled for them once more
         if self.variant.start is not None:
             cold = self.out / f"{self.variant.start}-{self.seed}" / "cold_start"
             overrides += [
