@@ -175,7 +175,10 @@ class BlockShards:
         self.after_backward()
         for unit in self._units:
             unit.whole.untyped_storage().resize_(0)
-            unit.shard, unit.peers, unit.memory = unit.shard.new_empty(0), [], None
+            if unit.memory is None:
+                unit.shard.untyped_storage().resize_(0)
+            else:  # nothing of what others map can be given back before all have let go of it
+                unit.shard, unit.peers, unit.memory = unit.shard.new_empty(0), [], None
 
 
 def build_sharded(
