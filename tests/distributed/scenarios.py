@@ -51,6 +51,11 @@ def held(network: Any) -> list[Tensor]:
     return [getattr(parameter, "ds_tensor", parameter) for parameter in parameters.values()]
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """What is between parameters in a shard has no value, and may be NaN, which equals nothing."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
 def masters(stage: Stage, role: str = "generator") -> dict[str, Tensor]:
     engine = getattr(stage.roles, role).engine
     return {name: value.clone() for name, value in engine.gather(engine.masters.pieces(MASTER))}
@@ -196,7 +201,9 @@ def one_role_alone(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> 
         ],
         "predicts_otherwise": [role for role in ROLES if not torch.equal(velocities[role], after[role])],
         "beneath_moved": [
-            name for name, tensor in untrained.items() if not torch.equal(beneath[name], tensor)
+            name
+            for name, tensor in untrained.items()
+            if not torch.equal(as_bytes(beneath[name]), as_bytes(tensor))
         ],
         "adapters_beneath": sum("_start0" in name for name in beneath),
     }
