@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def test_a_list_by_hand(tmp_path: Path) -> None:
         jobs.Job("one", 1, "echo a b"),
         jobs.Job("all", 4, "python -c 'print(1)'"),
     ]
+
+
+def test_lists_name_cases_that_there_are() -> None:
+    lists = list(Path("benchmarks/lists").glob("*.txt"))
+    assert len(lists) >= 2
+    cases = re.findall(r"^    (\w+)\) run ", Path("benchmarks/full_size_runs.sh").read_text(), re.MULTILINE)
+    for path in lists:
+        for job in jobs.read_list(path):
+            _, runs, named = job.command.partition("benchmarks/full_size_runs.sh ")
+            assert not runs or set(named.split()[1:]) <= set(cases), job
 
 
 @pytest.mark.parametrize(
