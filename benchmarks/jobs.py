@@ -84,10 +84,8 @@ class Scheduler:
     def turn(self) -> bool:
         """One look at everything; whether anything runs or waits."""
         for each in list(self.running):
-            code = each.process.poll()
-            if code is not None:
-                self.ended[each.job.name] = code, round(time.monotonic() - each.since, 1)
-                self.running.remove(each)
+            if each.process.poll() is not None:
+                self._note_end(each)
         waiting = self._waiting()
         while waiting and self._start(waiting[0]):
             waiting.pop(0)
@@ -98,10 +96,13 @@ class Scheduler:
         """End all that runs; what waits never starts."""
         for each in self.running:
             os.killpg(each.process.pid, signal.SIGTERM)
-        for each in self.running:
-            self.ended[each.job.name] = each.process.wait(), round(time.monotonic() - each.since, 1)
-        self.running = []
+        for each in list(self.running):
+            self._note_end(each)
         self._write(self._waiting())
+
+    def _note_end(self, each: Running) -> None:
+        self.ended[each.job.name] = each.process.wait(), round(time.monotonic() - each.since, 1)
+        self.running.remove(each)
 
     def _write(self, waiting: Sequence[Job]) -> None:
         state = {

@@ -29,6 +29,7 @@ from rtdmd.stages.assemble import Stage, build_stage
 from rtdmd.stages.networks import HandOver
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, save_state_dict
 from rtdmd.training.ema import Ema
+from rtdmd.training.run import hand_over
 
 
 class Sweep:
@@ -98,8 +99,7 @@ def main() -> None:
     recipe, stages = load_checked(options.recipe, options.overrides, world_size=1, stage=options.stage)
     ranks = start_ranks(3600)
     sweep = Sweep(options.name, recipe, ranks, options.captions, options.every)
-    given = (recipe.rtdmd.start_generator, recipe.rtdmd.start_fake_score)
-    left = HandOver(*(Path(file) if file and options.stage == "rtdmd" else None for file in given))
+    left = hand_over(stages[0], recipe, Path(recipe.output) / recipe.name)
     seconds = dict(zip(("cold_start", "rtdmd"), options.seconds, strict=True))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) if options.keep is None else options.keep / options.name

@@ -223,7 +223,7 @@ def build_sharded(
             units.append(unit)
             progress()
         load_buffers(network, source, ranks.device)
-        if ranks.device.type == "cuda":
+        if memory is not None and ranks.device.type == "cuda":
             torch.cuda.synchronize(ranks.device)
     return network, BlockShards(network, blocks, units, ranks)
 

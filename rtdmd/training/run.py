@@ -75,9 +75,9 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
             _say(ranks, f"{name} is complete in {run / name}")
             return True
         check_same_training(store, recipe)
-        hand_over = _hand_over(name, recipe, run)
+        given = hand_over(name, recipe, run)
     ranks.on_main_first(lambda: _write_recipe(run, recipe))
-    stage = build_stage(name, recipe, ranks, calls, hand_over)
+    stage = build_stage(name, recipe, ranks, calls, given)
     stage_run = StageRun(
         stage=stage,
         ema=Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=name == "rtdmd"),
@@ -163,8 +163,8 @@ def check_same_training(store: CheckpointStore, recipe: Recipe) -> None:
         )
 
 
-def _hand_over(name: str, recipe: Recipe, run: Path) -> HandOver:
-    """What stage 2 starts from: given files, or this run's stage 1."""
+def hand_over(name: str, recipe: Recipe, run: Path) -> HandOver:
+    """What stage 2 starts from: given files, or this run's stage 1. UserError if there are neither."""
     if name == "cold_start":
         return HandOver()
     given = recipe.rtdmd.start_generator
