@@ -1,10 +1,17 @@
-"""The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES gives them."""
+"""The GPUs that a process may use, by their names in CUDA_VISIBLE_DEVICES, and having them alone."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+ALONE = "BENCHMARK_ALONE"  # where processes that must have their GPUs alone say so: a folder
+_SETTLING = 1.0  # seconds until the others' queued work is done
 
 
 def visible_gpus() -> list[str]:
@@ -13,3 +20,20 @@ def visible_gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name]
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, what benchmarks/jobs.py lets share this job's GPUs is held still."""
+    folder = os.environ.get(ALONE)
+    if folder is None:
+        yield
+        return
+    mark = Path(folder, str(os.getpid()))
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        time.sleep(_SETTLING)
+        yield
+    finally:
+        mark.unlink(missing_ok=True)

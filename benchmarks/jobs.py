@@ -8,6 +8,10 @@ A line of the list is a job: its name, how many GPUs it needs, and a command for
 in PROCESSES and the folder in OUT. Jobs start in the list's order, each once its GPUs are free; one that
 needs none starts when its turn comes and sees all. Lines may be added while others run. Commands run in a
 copy of the working tree, so that it may change meanwhile; what they say is in OUT/logs.
+
+With a ``~`` after its number a job shares its GPUs with others, for what these leave idle while they load and
+compile. It starts at once, and those of its processes that see a single GPU are held still (SIGSTOP) while
+another job measures there (benchmarks/gpus.py, ``alone``).
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpus import visible_gpus
+from benchmarks.gpus import ALONE, visible_gpus
 from rtdmd.errors import UserError
 
 LEFT_OUT = (".git", ".venv", ".whl", ".*_cache", "build", "runs", "__pycache__", "*.egg-info")  # of the copy
@@ -39,6 +45,7 @@ class Job:
     name: str
     gpus: int
     command: str
+    shares: bool = False  # its GPUs, with jobs that don't and others that do
 
 
 def read_list(path: Path) -> list[Job]:
@@ -48,14 +55,14 @@ def read_list(path: Path) -> list[Job]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         words = line.split(maxsplit=2)
-        if len(words) < 3 or not words[1].isdecimal():
+        if len(words) < 3 or not words[1].removesuffix("~").isdecimal():
             raise UserError(
                 f"{path}: line {number} is {line!r}; write a name, a number of GPUs, and a command"
             )
         name, gpus, command = words
         if name in jobs or Path(name).name != name:
             raise UserError(f"{path}: line {number}: {name!r} is no name, or another job's; write another")
-        jobs[name] = Job(name, int(gpus), command)
+        jobs[name] = Job(name, int(gpus.removesuffix("~")), command, gpus.endswith("~"))
     return list(jobs.values())
 
 
@@ -86,9 +93,11 @@ class Scheduler:
         for each in list(self.running):
             if each.process.poll() is not None:
                 self._note_end(each)
-        waiting = self._waiting()
-        while waiting and self._start(waiting[0]):
-            waiting.pop(0)
+        waiting = []
+        for job in self._waiting():  # in order, but those that share wait for nobody
+            if (waiting and not job.shares) or not self._start(job):
+                waiting.append(job)
+        self._hold_still()
         self._write(waiting)
         return bool(waiting or self.running)
 
@@ -96,6 +105,7 @@ class Scheduler:
         """End all that runs; what waits never starts."""
         for each in self.running:
             os.killpg(each.process.pid, signal.SIGTERM)
+            os.killpg(each.process.pid, signal.SIGCONT)
         for each in list(self.running):
             self._note_end(each)
         self._write(self._waiting())
@@ -103,6 +113,19 @@ class Scheduler:
     def _note_end(self, each: Running) -> None:
         self.ended[each.job.name] = each.process.wait(), round(time.monotonic() - each.since, 1)
         self.running.remove(each)
+        shutil.rmtree(self._alone(each.job), ignore_errors=True)
+
+    def _alone(self, job: Job) -> Path:
+        return self.out / "alone" / job.name
+
+    def _hold_still(self) -> None:
+        """Whatever shares a GPU that another job must have alone; let the rest go on."""
+        claimed = {gpu for each in self.running if has_files(self._alone(each.job)) for gpu in each.gpus}
+        for each in self.running:
+            for process, gpus in processes_of(each.process.pid) if each.job.shares else ():
+                held = len(gpus) == 1 and gpus[0] in claimed
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGSTOP if held else signal.SIGCONT)
 
     def _write(self, waiting: Sequence[Job]) -> None:
         state = {
@@ -123,8 +146,10 @@ class Scheduler:
         return [job for job in self.jobs if job.name not in known]
 
     def _start(self, job: Job) -> bool:
-        taken = {gpu for each in self.running for gpu in each.gpus}
-        free = [gpu for gpu in self.gpus if gpu not in taken]
+        taken = Counter(gpu for each in self.running if each.job.shares == job.shares for gpu in each.gpus)
+        free = sorted(self.gpus, key=lambda gpu: taken[gpu])  # stable
+        if not job.shares:
+            free = [gpu for gpu in free if not taken[gpu]]
         if job.gpus > len(self.gpus):
             self.ended[job.name] = -1, 0.0
             text = f"needs {job.gpus} GPUs, there are {len(self.gpus)}\n"
@@ -137,6 +162,8 @@ class Scheduler:
         environment["PYTHONUNBUFFERED"] = "1"
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if not job.shares and any(other.shares for other in self.jobs):
+            environment[ALONE] = str(self._alone(job))
         with open(self._log(job), "wb") as log:
             process = subprocess.Popen(
                 ["bash", "-c", job.command],
@@ -152,6 +179,22 @@ class Scheduler:
 
     def _log(self, job: Job) -> Path:
         return self.out / "logs" / f"{job.name}.txt"
+
+
+def has_files(folder: Path) -> bool:
+    """Whether there are any."""
+    return folder.exists() and any(folder.iterdir())
+
+
+def processes_of(session: int) -> Iterator[tuple[int, list[str]]]:
+    """A session's processes, with the GPUs that each of them sees."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended, or isn't ours
+            if os.getsid(int(folder.name)) == session:
+                variables = folder.joinpath("environ").read_bytes().split(b"\0")
+                seen = [word for word in variables if word.startswith(b"CUDA_VISIBLE_DEVICES=")]
+                names = seen[0].partition(b"=")[2].decode().split(",") if seen else []
+                yield int(folder.name), names
 
 
 def copy_tree(source: Path, target: Path, out: Path) -> None:

@@ -8,12 +8,14 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.gpus import alone
 from benchmarks.model_flops import matrix_ceiling
 from benchmarks.phases import REST, PhaseClock
 from rtdmd.distributed.collectives import Ranks
@@ -35,7 +37,8 @@ class Bench:
         self.ranks = ranks
         self.rows: list[dict[str, Any]] = []
         dtype = getattr(torch, recipe.dtype)
-        self.ceiling = matrix_ceiling(ranks.device, dtype, 256 if options.tiny else 8192)
+        with alone():
+            self.ceiling = matrix_ceiling(ranks.device, dtype, 256 if options.tiny else 8192)
         self.flops = 0  # F of one sample
         self.mapped = 0  # bytes on the device that torch's allocator doesn't count
         on_cuda = ranks.device.type == "cuda"
@@ -118,20 +121,14 @@ class Bench:
 
         ``forwards`` evaluations in F for each of this rank's ``samples`` are what a step must compute.
         """
-        times = []
-        graphs = 0
-        for number in range(self.options.warmup + self.options.steps):
-            if number == self.options.warmup:
-                graphs = num_compiled_graphs()
-                if self.ranks.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.ranks.device)
-            self.ranks.barrier()
-            self.synchronize()
-            start = time.perf_counter()
+        warmup, steps = self.options.warmup, self.options.steps
+        for number in range(warmup):
             run(number)
-            self.synchronize()
-            times.append(time.perf_counter() - start)
-        measured = self.slowest(times)[self.options.warmup :]
+        graphs = num_compiled_graphs()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)
+        with alone():
+            measured = self.slowest([self._seconds(partial(run, warmup + number)) for number in range(steps)])
         allocated, reserved = self.memory()
         model_flop = forwards * samples * self.flops
         return {
@@ -145,14 +142,23 @@ class Bench:
             "graphs_compiled_meanwhile": num_compiled_graphs() - graphs,
         }
 
+    def _seconds(self, run: Callable[[], None]) -> float:
+        self.ranks.barrier()
+        self.synchronize()
+        start = time.perf_counter()
+        run()
+        self.synchronize()
+        return time.perf_counter() - start
+
     def phases(self, clock: PhaseClock, run: Callable[[int], None]) -> dict[str, dict[str, float]]:
         """Mean seconds and peak GiB of each phase of ``run``, this rank's, over ``--phase-steps``."""
         clock.phases.clear()
         clock.enabled = True
         count = self.options.phase_steps
-        for number in range(count):
-            with clock.phase(REST):
-                run(number)
+        with alone():
+            for number in range(count):
+                with clock.phase(REST):
+                    run(number)
         clock.enabled = False
         return {
             name: {"seconds": phase.seconds / count, "peak_gib": round((phase.peak + self.mapped) / GIB, 2)}

@@ -16,12 +16,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
 from benchmarks.gpus import visible_gpus
 from benchmarks.shapes.report import TEACHERS
@@ -122,7 +121,7 @@ class Devices:
 
 
 def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> Iterator[Launch]:
-    """Seed after seed, so that a study that is stopped has whole seeds."""
+    """Seed after seed."""
     for seed in seeds:
         for variant in variants:
             yield Launch(variant, seed, out)
@@ -133,32 +132,37 @@ def chosen(variants: Sequence[Variant], options: argparse.Namespace) -> list[Var
     return [variant for variant in variants if not options.only or variant.name in options.only]
 
 
-def run_all(devices: Devices, run: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """``run(*job)`` for each, as places become free; SystemExit once all have ended if any failed."""
-    with ThreadPoolExecutor(devices.count) as threads:
-        failures = [job.exception() for job in [threads.submit(run, *job) for job in jobs]]
-    for failure in filter(None, failures):
+def raise_failures(jobs: Sequence[Future[None]]) -> None:
+    """SystemExit once all have ended, if any failed."""
+    failures = [failure for failure in [job.exception() for job in jobs] if failure]
+    for failure in failures:
         print(failure, file=sys.stderr)
-    if any(failures):
+    if failures:
         raise SystemExit(1)
 
 
 def train(options: argparse.Namespace) -> None:
-    """All cold starts, then all that goes on from them."""
+    """Cold starts, and what goes on from one as soon as it is there and a place is free."""
     devices = Devices(options.parallel)
-    for variants in (COLD_STARTS, TUNINGS):
-        queue = list(launches(chosen(variants, options), options.seeds, options.out))
 
-        def run(launch: Launch) -> None:
-            log = launch.out / "logs" / f"{launch.name}.txt"
-            done = log.with_suffix(".done")
-            if done.exists():
-                return
-            seconds = devices.run(launch.command(options.overrides), log)
-            done.touch()
-            print(f"{launch.name}: {seconds:.0f} s", flush=True)
+    def run(launch: Launch, start: Future[None] | None) -> None:
+        log = launch.out / "logs" / f"{launch.name}.txt"
+        done = log.with_suffix(".done")
+        if done.exists():
+            return
+        if start is not None and start.exception():
+            raise RuntimeError(f"{launch.name} has no cold start to go on from")
+        seconds = devices.run(launch.command(options.overrides), log)
+        done.touch()
+        print(f"{launch.name}: {seconds:.0f} s", flush=True)
 
-        run_all(devices, run, [(launch,) for launch in queue])
+    jobs: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(len(VARIANTS) * len(options.seeds)) as threads:
+        for variant in chosen(list(VARIANTS.values()), options):
+            for seed in options.seeds:
+                launch = Launch(variant, seed, options.out)
+                jobs[launch.name] = threads.submit(run, launch, jobs.get(f"{variant.start}-{seed}"))
+        raise_failures(list(jobs.values()))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -184,7 +188,8 @@ def measure(options: argparse.Namespace) -> None:
         seconds = devices.run(command, options.out / "logs" / f"{name}.txt")
         print(f"{target}: {seconds:.0f} s", flush=True)
 
-    run_all(devices, run, list(jobs.items()))
+    with ThreadPoolExecutor(devices.count) as threads:
+        raise_failures([threads.submit(run, *job) for job in jobs.items()])
 
 
 def main() -> None:

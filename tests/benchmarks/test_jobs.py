@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,10 +20,12 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def test_a_list_by_hand(tmp_path: Path) -> None:
-    path = write(tmp_path / "list.txt", "# a comment", "", "one 1 echo a b", "all 4  python -c 'print(1)'")
+    lines = "# a comment", "", "one 1 echo a b", "all 4  python -c 'print(1)'", "two 2~ true"
+    path = write(tmp_path / "list.txt", *lines)
     assert jobs.read_list(path) == [
         jobs.Job("one", 1, "echo a b"),
         jobs.Job("all", 4, "python -c 'print(1)'"),
+        jobs.Job("two", 2, "true", shares=True),
     ]
 
 
@@ -76,6 +80,41 @@ def test_jobs_have_gpus_of_their_own_in_order(tmp_path: Path) -> None:
     assert {name: code for name, (code, _) in scheduler.ended.items()} == dict(a=0, b=0, c=0, d=3, e=-1, f=0)
     assert (out / "logs" / "f.txt").read_text().strip() == str(tmp_path)
     assert jobs.last_words(out / "logs" / "d.txt") == "2 of 2"
+
+
+def test_jobs_that_share_gpus_stand_still_while_others_measure_there(tmp_path: Path) -> None:
+    """Each has a GPU of its own among themselves; only the one beside the measurement stands still."""
+    count = "while :; do date +%s.%N >>$OUT/$CUDA_VISIBLE_DEVICES; sleep 0.05; done"
+    measure = write(
+        tmp_path / "measure.py",
+        "import time",
+        "from benchmarks.gpus import alone",
+        "with alone():",
+        "    for _ in range(2): print(time.time()); time.sleep(1)",
+        "time.sleep(1)",
+    )
+    path = write(
+        tmp_path / "list.txt",
+        f"measuring 1 PYTHONPATH={Path.cwd()} {sys.executable} {measure}",
+        "waiting 2 true",
+        f"beside 1~ {count}",
+        f"elsewhere 1~ {count}",
+    )
+    out = tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    scheduler = jobs.Scheduler(path, out, ["6", "7"], tmp_path)
+    while scheduler.turn() and "measuring" not in scheduler.ended:
+        assert {each.job.name for each in scheduler.running} >= {"beside", "elsewhere"}
+        time.sleep(0.02)
+    scheduler.stop()
+    begin, end = map(float, (out / "logs" / "measuring.txt").read_text().split())
+    counted = {gpu: [float(word) for word in (out / gpu).read_text().split()] for gpu in "67"}
+    assert not [moment for moment in counted["6"] if begin < moment < end]
+    assert [moment for moment in counted["6"] if moment < begin]
+    assert [moment for moment in counted["6"] if moment > end]
+    assert [moment for moment in counted["7"] if begin < moment < end]
+    assert scheduler.ended["beside"][0] == scheduler.ended["elsewhere"][0] == -signal.SIGTERM
+    assert not (out / "alone" / "measuring").exists()
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

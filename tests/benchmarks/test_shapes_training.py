@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.shapes import study
 from benchmarks.shapes.mechanisms import noise_to_signal
 from benchmarks.shapes.pictures import WORDS, chat_tokens, draw, padded_tokens
 from benchmarks.shapes.study import COLD_STARTS, TUNINGS, Launch, launches
@@ -109,6 +111,19 @@ def test_every_variant_of_the_study_is_a_sound_recipe(tmp_path) -> None:
                 torch.save({}, cold / name)
         _, stages = load_checked(recipe, overrides, world_size=1, stage=stage)
         assert stages == [launch.variant.stage]
+
+
+def test_what_has_no_cold_start_to_go_on_from_says_so(tmp_path, monkeypatch, capsys) -> None:
+    command = ["study", "train", "no.such_field=1", "--out", str(tmp_path), "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "ac_dmd", "rtdmd"])
+    with pytest.raises(SystemExit) as caught:
+        study.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/logs/ac_dmd-0.txt: exit code 2" in said
+    assert "rtdmd-0 has no cold start to go on from" in said
+    assert "no.such_field" in (tmp_path / "logs" / "ac_dmd-0.txt").read_text()
+    assert not (tmp_path / "logs" / "rtdmd-0.txt").exists()
 
 
 def test_a_launch_says_where_it_goes(tmp_path) -> None:
