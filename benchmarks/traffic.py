@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpus import alone
 from rtdmd.distributed.config import engine_config, partition_size, zero_stage
 from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.protocol import ModelFamily
@@ -152,7 +153,7 @@ def communication(run: Callable[[], None], device: torch.device) -> dict[str, fl
 
     A rank that waits for another one communicates.
     """
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with alone(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,6 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.full_size import random_loaders, size_of
-from benchmarks.gpus import alone
 from benchmarks.measuring import GIB, Bench, one_line, table, write_json
 from benchmarks.model_flops import cold_start_forwards, forward_flops, rtdmd_forwards
 from benchmarks.phases import PhaseClock, instrument
@@ -262,8 +261,7 @@ def exchange(
     """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
     row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated, bench.ranks.world_size))}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
-        with alone():
-            spent = communication(partial(run, 0), bench.ranks.device)
+        spent = communication(partial(run, 0), bench.ranks.device)
         row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))
     return row
 
