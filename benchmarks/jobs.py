@@ -93,7 +93,7 @@ class Scheduler:
         for each in list(self.running):
             if each.process.poll() is not None:
                 self._note_end(each)
-        waiting = []
+        waiting: list[Job] = []
         for job in self._waiting():  # in order, but those that share wait for nobody
             if (waiting and not job.shares) or not self._start(job):
                 waiting.append(job)
