@@ -67,19 +67,20 @@ def tracking(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, iterations
     v* is the fake score after ``iterations`` more updates, at a learning rate that falls to zero, while the
     generator stands still, without the regulariser.
     """
-    recipe = replace(
-        recipe, cold_start=replace(recipe.cold_start, consistency_weight=0.0, generator_every=10**9)
+    first = recipe.cold_start.iterations + PROBES
+    last = first + iterations
+    section = replace(
+        recipe.cold_start,
+        iterations=last,
+        consistency_weight=0.0,
+        generator_every=10**9,
+        fake_score=replace(recipe.cold_start.fake_score, cooldown=iterations / last),
     )
-    stage = resume_cold_start(run, recipe, ranks, calls)
-    first = recipe.cold_start.iterations
-    probes = range(first, first + PROBES)
+    stage = resume_cold_start(run, replace(recipe, cold_start=section), ranks, calls)
+    probes = range(first - PROBES, first)
     before = [_probe(stage, number) for number in probes]
-    optimizer = stage.roles.fake_score.engine.optimizer
-    rate = optimizer.param_groups[0]["lr"]
-    for number in range(iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - number / iterations)
-        stage.step(first + PROBES + number)
+    for number in range(first, last):
+        stage.step(number)
     after = [_probe(stage, number) for number in probes]
     wrong = sum((old - new).double().square().sum() for old, new in zip(before, after, strict=True))
     whole = sum(new.double().square().sum() for new in after)

@@ -143,6 +143,11 @@ class TrainedEngine(FrozenEngine, ABC):
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the masters."""
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Of the updates to come."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     @abstractmethod
     def _accumulate(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of ``loss``; after the ``last`` one it is averaged over ranks."""

@@ -77,6 +77,11 @@ _RULES: tuple[_Rule, ...] = (
     ),
     ("write a number in [0, 1], such as 0.9", lambda value: 0 <= value <= 1, ("schedule.eta",)),
     (
+        "write a share of the stage's steps in [0, 1], such as 0.4",
+        lambda value: 0 <= value <= 1,
+        tuple(f"{key}.cooldown" for key in _OPTIMIZERS),
+    ),
+    (
         "write at most 1000, the timesteps there are",
         lambda value: value <= 1000,
         tuple(f"{stage}.consistency_max_timesteps" for stage in STAGES),

@@ -113,9 +113,10 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW with gradient clipping and a constant learning rate."""
+    """AdamW with gradient clipping; the learning rate is constant up to the cooldown."""
 
     learning_rate: float
+    cooldown: float = 0.0  # last share of the stage's steps, over which the rate falls linearly to 0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0

@@ -67,6 +67,7 @@ class ColdStart:
     def step(self, iteration: int) -> StepReport:
         """Iteration 0, 1, …"""
         means = Means()
+        self.roles.set_learning_rates(self.settings, iteration, self.num_steps)
         batch = self._ahead.pop(iteration, None) or self._batch(iteration)
         updates_generator = (iteration + 1) % self.settings.generator_every == 0
         self._train_fake_score(iteration, batch, means)

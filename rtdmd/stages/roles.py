@@ -9,8 +9,16 @@ from torch import Tensor
 from rtdmd.distributed.engine import FrozenEngine, TrainedEngine
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.protocol import ModelFamily, TextEmbeddings
+from rtdmd.recipe.schema import ColdStartSection, OptimizerSection, RtdmdSection
 from rtdmd.rollout import VelocityFn
 from rtdmd.stages.activations import AutomaticRecomputation
+
+
+def learning_rate(optimizer: OptimizerSection, step: int, num_steps: int) -> float:
+    """η·min(1, (N − k)/(c·N)) at step k = 0, 1, … of N, with the cooldown c; η throughout if c = 0."""
+    cooling = optimizer.cooldown * num_steps
+    left = max(num_steps - step, 0)
+    return optimizer.learning_rate * (left / cooling if left < cooling else 1.0)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,16 @@ class Roles:
     generator: Student
     fake_score: Student
     recomputation: AutomaticRecomputation | None = None  # where activation_checkpointing is auto
+
+    def set_learning_rates(
+        self, settings: ColdStartSection | RtdmdSection, step: int, num_steps: int
+    ) -> None:
+        """Those of step 0, 1, … of ``num_steps``."""
+        for student, optimizer in (
+            (self.generator, settings.generator),
+            (self.fake_score, settings.fake_score),
+        ):
+            student.engine.set_learning_rate(learning_rate(optimizer, step, num_steps))
 
     def after_step(self, generator_updated: bool) -> tuple[str, ...]:
         """Collective: call after each step; what the user should know of it."""

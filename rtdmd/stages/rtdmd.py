@@ -72,6 +72,7 @@ class Rtdmd:
     def step(self, epoch: int) -> StepReport:
         """Epoch 0, 1, …"""
         means = Means()
+        self.roles.set_learning_rates(self.settings, epoch, self.num_steps)
         drawn = self.draws.subset(
             epoch, "policy_steps", len(self.few.sigmas) - 1, self.settings.num_policy_steps
         )

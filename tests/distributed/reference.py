@@ -66,7 +66,7 @@ class PlainRole:
     ) -> None:
         self.name, self.family, self.outcome = name, family, outcome
         self.network = load_transformer(recipe, family, draws.placed_on)
-        self.max_grad_norm = optimizer.max_grad_norm
+        self.optimizer = optimizer
         if getattr(recipe.roles, name).trains == "lora":
             lora = recipe.lora
             attach_adapter(self.network, lora.rank, lora.alpha, family.lora_targets)
@@ -89,13 +89,15 @@ class PlainRole:
     def velocity(self, x: Tensor, sigma: float | Tensor, text: Any) -> Tensor:
         return self.family.predict_velocity(self.network, x, sigma, text)
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor, step: int, num_steps: int) -> None:
+        cooling = self.optimizer.cooldown * num_steps
+        self.adam.param_groups[0]["lr"] = self.optimizer.learning_rate * min(1, (num_steps - step) / cooling)
         self.adam.zero_grad()
         loss.backward()
         zeros = {k: torch.zeros_like(p) for k, p in self.trained.items()}
         gradient = {k: zeros[k] if p.grad is None else p.grad.clone() for k, p in self.trained.items()}
         self.outcome.gradients.append((self.name, gradient))
-        nn.utils.clip_grad_norm_(list(self.trained.values()), self.max_grad_norm)
+        nn.utils.clip_grad_norm_(list(self.trained.values()), self.optimizer.max_grad_norm)
         self.adam.step()
         self.outcome.weights[self.name] = {k: p.detach().clone() for k, p in self.trained.items()}
 
@@ -222,11 +224,12 @@ def reference_cold_start(
         text = plain.family.encode_prompts(chosen)
         stop = draws.integer(step, "fake/stop", 1, len(levels) - 1)
         x_s = final_state(step, "fake", stop, text, grad=False)
-        plain.fake.update(plain.fake_loss(step, indices, x_s, levels[stop], text))
+        plain.fake.update(plain.fake_loss(step, indices, x_s, levels[stop], text), step, iterations)
         if (step + 1) % settings.generator_every == 0:
             stop = draws.integer(step, "generator/stop", 1, len(levels) - 1)
             x_s = final_state(step, "generator", stop, text, grad=True)
-            plain.generator.update(plain.matching_loss(step, indices, x_s, levels[stop], text))
+            loss = plain.matching_loss(step, indices, x_s, levels[stop], text)
+            plain.generator.update(loss, step, iterations)
     return plain.outcome
 
 
@@ -255,7 +258,7 @@ def reference_rtdmd(recipe: Recipe, world_size: int, epochs: int) -> Outcome:
         everything = list(range(len(plan)))
         states, scores, log_probs = _sample(plain, epoch, plan, drawn, rewards)
         text = plain.family.encode_prompts([plain.prompts.prompts[p] for p in plan])
-        plain.fake.update(plain.fake_loss(epoch, everything, states[-1], 0.0, text))
+        plain.fake.update(plain.fake_loss(epoch, everything, states[-1], 0.0, text), epoch, epochs)
         advantages = group_advantages(scores, torch.tensor(plan), weights, settings.advantage_global_std)
 
         size = settings.micro_batch_size or batch
@@ -269,7 +272,7 @@ def reference_rtdmd(recipe: Recipe, world_size: int, epochs: int) -> Outcome:
             loss = loss + _micro_loss(
                 plain, epoch, plan, micro, drawn, states, log_probs, advantages, rewards, weights
             )
-        plain.generator.update(loss / (len(micro_batches) * (len(drawn) + 1)))
+        plain.generator.update(loss / (len(micro_batches) * (len(drawn) + 1)), epoch, epochs)
     return plain.outcome
 
 

@@ -132,6 +132,10 @@ def overrides(case: Case, pipelines: dict[str, Path], clip: Path, world_size: in
         "cold_start.generator_every=1",
         f"rtdmd.sample_batch_size={per_rank}",
         f"rtdmd.num_sample_batches={2 if case.steps == 3 else 1}",
+        f"cold_start.iterations={case.steps}",
+        f"rtdmd.epochs={case.steps}",
+        f"{case.stage}.generator.cooldown=0.9",
+        f"{case.stage}.fake_score.cooldown=0.4",
     ]
     roles = ("generator", "fake_score")
     engines = [f"roles.{role}.engine=ds_configs/{case.engine}.json" for role in roles]

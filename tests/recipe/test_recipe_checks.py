@@ -62,6 +62,7 @@ def test_a_sound_recipe_passes(write_recipe: Write) -> None:
         ("schedule.timesteps=[1000,500,500]", "write strictly decreasing"),
         ("schedule.timesteps=[1000,500,0]", "write strictly decreasing"),
         ("schedule.eta=1.5", "write a number in [0, 1]"),
+        ("rtdmd.generator.cooldown=1.5", "write a share of the stage's steps in [0, 1]"),
         ("schedule.shift=0", "write a number above 0"),
         ("cold_start.iterations=0", "write at least 1"),
         ("cold_start.batch_size=0", "write at least 1"),
