@@ -8,12 +8,12 @@ shift
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 mkdir -p "$out"
 
-replicated=(roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
+separate=(with=recipes/layouts/separate_zero3.yaml)
+replicated=("${separate[@]}" roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
   roles.fake_score.engine=ds_configs/zero2.json)
 shared=(with=recipes/layouts/shared_base.yaml) # compiled too
-sharded=(with=recipes/layouts/shared_base_zero3.yaml)
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
-offloaded=("${sharded[@]}" model.text_encoder=offload roles.teacher.engine=ds_configs/frozen_zero3_offload.json
+offloaded=(model.text_encoder=offload roles.teacher.engine=ds_configs/frozen_zero3_offload.json
   roles.generator.engine=ds_configs/frozen_zero3_offload.json roles.fake_score.engine=ds_configs/frozen_zero3_offload.json)
 in_pairs() { # every two GPUs have the base once
   sed 's/"stage": 3,/"stage": 3, "zero_hpz_partition_size": 2,/' ds_configs/frozen_zero3.json >"$out/pairs.json"
@@ -49,24 +49,25 @@ for name in "$@"; do
     cold_auto) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute auto) "${short[@]}" ;;
     cold_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) cold_start.micro_batch_size=3 model.text_encoder=offload "${short[@]}" ;;
     cold_eager) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    cold_zero3) run "$name" recipes/flux2_4b.yaml "${short[@]}" ;;
+    cold_zero3) run "$name" recipes/flux2_4b.yaml "${separate[@]}" cold_start.micro_batch_size=null "${short[@]}" ;;
     baseline) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" --baseline ;;
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    cold_sharded) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    cold_copied) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" roles.gather=copies $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    cold_parts) run "$name" recipes/flux2_4b.yaml "${sharded[@]}" $(in_pairs) roles.gather=copies $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_sharded) run "$name" recipes/flux2_4b.yaml roles.gather=collective "${short[@]}" ;;
+    cold_copied) run "$name" recipes/flux2_4b.yaml "${short[@]}" ;;
+    cold_parts) run "$name" recipes/flux2_4b.yaml $(in_pairs) "${short[@]}" ;;
     cold_zero1) run "$name" recipes/flux2_4b.yaml "${replicated[@]//zero2/zero1}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
     cold_offload) run "$name" recipes/flux2_4b.yaml "${offloaded[@]}" $(recompute full) cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
     rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
     rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
-    nine_sharded) run "$name" recipes/flux2_9b.yaml "${sharded[@]}" cold_start.micro_batch_size=3 "${short[@]}" ;;
-    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${sharded[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=1 ;;
-    nine) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
-    nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
+    nine_sharded) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
+    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
+    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false ;;
+    nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
+    nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" ;;
     nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload cold_start.micro_batch_size=3 "${short[@]}" ;;
     nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" rtdmd.fake_score_micro_batch_size=1 ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" ;;

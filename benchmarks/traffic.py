@@ -108,7 +108,7 @@ def traffic(
     return Traffic(
         gathered=sum(passes[role] * sizes.whole * element for role in sharded),
         reduced=sum(4 * trained(role) for role in updated),
-        partition=max((partition_size(config, ranks) for config in sharded.values()), default=ranks),
+        partition=max((partition_size(config, ranks) or ranks for config in sharded.values()), default=ranks),
     )
 
 

@@ -1,6 +1,6 @@
 """Time, memory and utilisation of training steps at true size, with random weights, on any number of GPUs.
 
-    python -m benchmarks.train_step recipes/flux2_4b.yaml roles.generator.compile=blocks --output step.json
+    python -m benchmarks.train_step recipes/flux2_4b.yaml cold_start.micro_batch_size=1 --output step.json
     deepspeed --num_gpus 2 --module benchmarks.train_step recipes/flux2_4b.yaml --stage rtdmd
     torchrun --nproc-per-node 2 -m benchmarks.train_step recipes/sd35m.yaml
     python -m benchmarks.train_step recipes/flux2_4b.yaml --tiny --steps 1 --warmup 1
@@ -73,7 +73,12 @@ TINY_OVERRIDES = (
     "dtype=float32",
     "lora.rank=4",
     "cold_start.batch_size=2",
+    "cold_start.micro_batch_size=null",
     "rtdmd.sample_batch_size=2",
+    "rtdmd.micro_batch_size=null",
+    "rtdmd.fake_score_micro_batch_size=null",
+    "model.text_encoder_compile=none",
+    *(f"roles.{role}.compile=none" for role in ("teacher", "generator", "fake_score")),
 )
 
 

@@ -50,11 +50,11 @@ def test_overrides_and_options_mix(capsys: pytest.CaptureFixture[str]) -> None:
         "recipes/sd35m.yaml",
         "--stage",
         "cold_start",
-        "cold_start.batch_size=2",
+        "cold_start.batch_size=3",
     ]
     assert main([*arguments, "--world-size", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "on 3 GPUs" in printed and "global batch 6" in printed and "rtdmd" not in printed
+    assert "on 3 GPUs" in printed and "global batch 9" in printed and "rtdmd" not in printed
 
 
 def test_a_world_size_that_does_not_fit_lists_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,8 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def partition_size(config: dict[str, Any], world_size: int) -> int:
-    """Over how many ranks ZeRO-3 has the parameters once: ``zero_hpz_partition_size``, at most all."""
+def partition_size(config: dict[str, Any], world_size: int) -> int | None:
+    """Over how many ranks ZeRO-3 has the parameters once: ``zero_hpz_partition_size``, at most all; None
+    if the configuration doesn't say."""
     size = int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
-    return min(size, world_size) if size > 1 else world_size
+    return min(size, world_size) if size > 1 else None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,6 +26,35 @@ class PeerMemory:
     mapping: Any = None  # what has to live as long as they
 
 
+def ranks_of_a_machine(ranks: Ranks) -> int:
+    """How many each machine has, if all have as many, more than one, consecutive ones; else all there are.
+
+    Collective.
+    """
+    return consecutive_runs(ranks.gather_objects(socket.gethostname()))
+
+
+def consecutive_runs(hosts: Sequence[str]) -> int:
+    """Length of the runs of equal names, if they are equally long, longer than 1, and no name comes back."""
+    runs = [len(list(run)) for _, run in groupby(hosts)]
+    fit = len(runs) == len(set(hosts)) and len(set(runs)) == 1 and runs[0] > 1
+    return runs[0] if fit else len(hosts)
+
+
+def obstacle_to_copying(ranks: Ranks) -> str | None:
+    """Why these ranks can't copy from each other, as a sentence to go on; None if they can. Collective."""
+    hosts = sorted(set(ranks.gather_objects(socket.gethostname())))
+    if len(hosts) > 1:
+        return f"is for ranks on one machine, these are on {', '.join(hosts)}"
+    if ranks.device.type == "cuda":
+        mine = ranks.device.index
+        others = [index for index in ranks.gather_objects(mine) if index != mine]
+        sees = all(torch.cuda.can_device_access_peer(mine, other) for other in others)
+        if not all(ranks.gather_objects(sees)):
+            return "needs GPUs with access to each other"
+    return None
+
+
 def share_memory(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
     """``count`` elements of every rank, without values; a rank's own are for it to fill.
 
@@ -32,12 +63,9 @@ def share_memory(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
     has not filled yet. Raises UserError on every rank where that can't be: several machines, GPUs
     without peer access.
     """
-    hosts = sorted(set(ranks.gather_objects(socket.gethostname())))
-    if len(hosts) > 1:
-        advice = "write collective, or give the engine a zero_hpz_partition_size of one machine's GPUs"
-        raise UserError(
-            f"roles.gather: copies is for ranks on one machine, these are on {', '.join(hosts)}; {advice}"
-        )
+    obstacle = obstacle_to_copying(ranks)
+    if obstacle is not None:
+        raise UserError(f"roles.gather: copies {obstacle}; write auto")
     if ranks.device.type == "cuda":
         return _symmetric(count, dtype, ranks)
     return _mapped(count, dtype, ranks)
@@ -48,15 +76,16 @@ def _symmetric(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    mine = ranks.device.index
-    others = [index for index in ranks.gather_objects(mine) if index != mine]
     with ranks.together():
-        if not all(torch.cuda.can_device_access_peer(mine, other) for other in others):
-            raise UserError("roles.gather: copies needs GPUs with access to each other; write collective")
         memory = symmetric_memory.empty(count, dtype=dtype, device=ranks.device)
     group = ranks.group or dist.group.WORLD
     assert group is not None
-    handle = symmetric_memory.rendezvous(memory, group)
+    try:
+        handle = symmetric_memory.rendezvous(memory, group)
+    except RuntimeError as error:  # a container without the permission, say
+        raise UserError(
+            f"roles.gather: these GPUs can't map each other's memory ({error}); write collective"
+        ) from error
     of_ranks = [
         memory if rank == ranks.rank else handle.get_buffer(rank, (count,), dtype)
         for rank in range(ranks.world_size)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rtdmd.distributed.collectives import Ranks
+from rtdmd.distributed.config import offloads_parameters, partition_size
 from rtdmd.distributed.loading import TensorSource, check_shape, copy_flat, load_buffers, make_empty
-from rtdmd.distributed.peers import PeerMemory, share_memory
+from rtdmd.distributed.peers import PeerMemory, obstacle_to_copying, ranks_of_a_machine, share_memory
+from rtdmd.recipe.schema import Gather
 
 _ALIGNMENT = 128  # elements: compiled code wants parameters at addresses that 16 divides
 
@@ -32,6 +34,20 @@ class Placement:
     ranks: Ranks  # that have the network once between them
     offload: bool = False  # shards wait in (page-locked) host memory
     copies: bool = False  # each rank copies from the others' memory, on one machine; else by a collective
+
+
+def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placement:
+    """Where an engine's configuration and ``roles.gather`` put a frozen network. Collective.
+
+    With ``auto``, and unless ``zero_hpz_partition_size`` says otherwise, each machine has it once; the ranks
+    copy if they can.
+    """
+    offload = offloads_parameters(config)
+    size = partition_size(config, ranks.world_size)
+    if gather != "auto":
+        return Placement(ranks.part(size or ranks.world_size), offload, gather == "copies")
+    part = ranks.part(size or ranks_of_a_machine(ranks))
+    return Placement(part, offload, not offload and obstacle_to_copying(part) is None)
 
 
 @dataclass

@@ -17,7 +17,7 @@ Compile = Literal["none", "blocks", "network"]
 CompileLayers = Literal["none", "blocks"]
 TextEncoder = Literal["device", "offload", "once"]
 Engines = Literal["separate", "shared_base"]
-Gather = Literal["collective", "copies"]
+Gather = Literal["auto", "collective", "copies"]
 
 # Those of them that a recipe has carry the gradient, unless it names others.
 DEFAULT_BACKPROP_REWARDS = ("clipscore", "hpsv2", "pickscore")
@@ -74,7 +74,9 @@ class RolesSection:
     generator: TrainedSection
     fake_score: TrainedSection
     engines: Engines = "separate"  # shared_base: the same weights are in memory once, roles have LoRA on them
-    gather: Gather = "collective"  # of shared bases in ZeRO 3; copies: each GPU from its machine's others
+    # Of shared bases in ZeRO 3. copies: each GPU from the others of its machine, without a collective. auto:
+    # every machine has the base once between its GPUs, copied where they have access to each other.
+    gather: Gather = "auto"
 
 
 def role_weights(model: ModelSection, role: TeacherSection | TrainedSection) -> tuple[str, str | None]:

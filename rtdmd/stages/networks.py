@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.config import engine_config, offloads_parameters, partition_size, zero_stage
+from rtdmd.distributed.config import engine_config, zero_stage
 from rtdmd.distributed.engine import FrozenEngine, start_frozen, start_trained
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.loading import TensorSource, build_network
-from rtdmd.distributed.sharding import Placement, build_sharded
+from rtdmd.distributed.sharding import build_sharded, placement_of
 from rtdmd.distributed.shared import ReplicatedBase, ShardedBase, SharedBase
 from rtdmd.models.blocks import blocks_of, compile_forward, recomputation_of, recompute_activations
 from rtdmd.models.lora import DEFAULT, adapter_parameters, attach_adapter, init_adapter
@@ -96,11 +96,7 @@ class NetworkBuilder:
                 lambda made: blocks_of(made, self.family.block_lists),
                 source,
                 self.dtype,
-                Placement(
-                    self.ranks.part(partition_size(config, self.ranks.world_size)),
-                    offloads_parameters(config),
-                    self.recipe.roles.gather == "copies",
-                ),
+                placement_of(config, self.recipe.roles.gather, self.ranks),
                 self.calls.touch,
             )
         return ShardedBase(network, shards, num_users)

@@ -52,14 +52,14 @@ def test_seconds_by_hand() -> None:
 
 
 def test_passes_by_hand() -> None:
-    recipe = load_recipe("recipes/flux2_4b.yaml", ["cold_start.micro_batch_size=3"])
+    recipe = load_recipe("recipes/flux2_4b.yaml")
     # Three micro-batches; the anchor's and both moves' evaluation, forward and backward.
     assert traffic.cold_start_passes(recipe, 4, False) == Counter(generator=4, fake_score=12)
     both = Counter(generator=4 + 3 + 3 + 3, fake_score=12 + 3, teacher=3)
     assert traffic.cold_start_passes(recipe, 4, True) == both
-    # 16 batches of 6 at once: 4 steps; two drawn and the last, forward and backward.
-    assert traffic.rtdmd_passes(load_recipe("recipes/flux2_4b.yaml")) == Counter(
-        generator=16 * (4 + 6), fake_score=16 * (4 + 1), teacher=16
+    # 16 batches of 6: 4 steps; in halves, forward and backward of two drawn steps and the last.
+    assert traffic.rtdmd_passes(recipe) == Counter(
+        generator=16 * (4 + 2 * 6), fake_score=16 * (6 * 4 + 2), teacher=16 * 2
     )
 
 
@@ -72,7 +72,7 @@ def test_bytes_of_the_published_recipe() -> None:
     assert sent.gathered == 3 * 2 * 3_875_544_576
     assert sent.reduced == 4 * 37_355_520
     whole = [f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")]
-    recipe = load_recipe("recipes/flux2_4b.yaml", whole)
+    recipe = load_recipe("recipes/flux2_4b.yaml", ["with=recipes/layouts/separate_zero3.yaml", *whole])
     sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), [], 2)
     assert (sent.gathered, sent.reduced) == (2 * 3_875_544_576, 0)
 
@@ -93,10 +93,7 @@ def test_a_base_in_shards_is_gathered_as_often_as_counted(
     monkeypatch.setattr(BlockShards, "_start", counting)
     roles = ("teacher", "generator", "fake_score")
     overrides = [
-        "with=recipes/layouts/shared_base_zero3.yaml",
         *(f"roles.{role}.engine=ds_configs/frozen_zero3_offload.json" for role in roles),
-        *(f"roles.{role}.compile=none" for role in roles),
-        "model.text_encoder_compile=none",
         "rewards=[{name: clipscore}]",
         "cold_start.batch_size=4",
         "cold_start.micro_batch_size=2",

@@ -117,7 +117,11 @@ def test_cold_start_and_its_baseline(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_epoch_on_two_ranks(tmp_path: Path) -> None:
-    overrides = ["rewards=[{name: clipscore}]", "roles.generator.engine=ds_configs/tiny_zero3.json"]
+    overrides = [
+        "with=recipes/layouts/separate_zero3.yaml",
+        "roles.generator.engine=ds_configs/tiny_zero3.json",
+        "rewards=[{name: clipscore}]",
+    ]
     result, _ = run(["recipes/sd3m.yaml", "--stage", "rtdmd", *overrides, "--warmup", "0"], 2, tmp_path)
     epoch, save = result["rows"]
     assert result["ranks"] == 2 and epoch["case"] == "epoch of 4 pictures a rank" and save["gib"] > 0
@@ -125,7 +129,8 @@ def test_an_epoch_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_faults_are_told_before_anything_is_built(tmp_path: Path) -> None:
-    bad = ["recipes/flux2_4b.yaml", "dtype=bfloat16", "roles.generator.engine=ds_configs/zero0.json"]
+    separate = ["recipes/flux2_4b.yaml", "with=recipes/layouts/separate_zero3.yaml"]
+    bad = [*separate, "dtype=bfloat16", "roles.generator.engine=ds_configs/zero0.json"]
     result, printed = run(bad, 1, tmp_path, code=2)
     assert "use ZeRO 1" in printed and "Traceback" not in printed
     assert result["rows"] == [] and result["error"].startswith("UserError")

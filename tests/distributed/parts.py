@@ -6,14 +6,30 @@ RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.distribu
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
-from rtdmd.distributed.collectives import start_ranks, stop_ranks
-from rtdmd.distributed.sharding import Placement, build_sharded
+from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
+from rtdmd.distributed.sharding import Placement, build_sharded, placement_of
 from rtdmd.models import get_family
 from rtdmd.models.blocks import blocks_of
 from rtdmd.models.weights import WeightSource
+
+
+def check_placements(ranks: Ranks, size: int) -> None:
+    """What a configuration and ``roles.gather`` come to on one machine."""
+
+    def placed(gather: Any, **zero: Any) -> tuple[int, bool, bool]:
+        found = placement_of({"zero_optimization": {"stage": 3, **zero}}, gather, ranks)
+        return found.ranks.world_size, found.offload, found.copies
+
+    everyone = ranks.world_size
+    assert placed("auto") == (everyone, False, True)
+    assert placed("collective") == (everyone, False, False)
+    assert placed("auto", zero_hpz_partition_size=size) == (size, False, True)
+    assert placed("copies", zero_hpz_partition_size=size) == (size, False, True)
+    assert placed("auto", offload_param={"device": "cpu"}) == (everyone, True, False)
 
 
 def main() -> None:
@@ -26,6 +42,7 @@ def main() -> None:
     first = ranks.rank - part.rank
     assert part.gather_objects(ranks.rank) == list(range(first, first + size))
     assert part.sum(torch.tensor(ranks.rank, device=ranks.device)) == sum(range(first, first + size))
+    check_placements(ranks, size)
     whole = family.transformer_class.from_pretrained(pipeline, subfolder="transformer").to(ranks.device)
     text = family.encode_prompts(["a red cube"])
     x = torch.ones(1, *family.latent_shape(64, 64), device=ranks.device)

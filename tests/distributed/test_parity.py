@@ -102,8 +102,8 @@ CASES = [
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero2")),
     shared("cold_start", extra=PLAIN_LAYOUT[:1]),
     shared("rtdmd", "sd3", extra=ACCUMULATED),
-    shared("cold_start", "sd3", "frozen_zero3", extra=(*ACCUMULATED, "roles.gather=copies")),
-    shared("rtdmd", engine="frozen_zero3", extra=PLAIN_LAYOUT[1:]),
+    shared("cold_start", "sd3", "frozen_zero3", extra=ACCUMULATED),
+    shared("rtdmd", engine="frozen_zero3", extra=(*PLAIN_LAYOUT[1:], "roles.gather=collective")),
 ]
 # Where a shared base may be.
 PLACES = ("zero0", "frozen_zero3", "frozen_zero3_offload")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rtdmd.distributed.collectives import Ranks
+from rtdmd.distributed.peers import consecutive_runs
 from rtdmd.distributed.sharding import BlockShards, Placement, build_sharded
 from rtdmd.errors import UserError
 from rtdmd.models import get_family
@@ -193,6 +194,15 @@ def test_weights_of_another_shape_are_refused(tiny_flux2: Path) -> None:
     family = get_family("flux2").load(str(tiny_flux2), device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(UserError, match=r"x_embedder\.weight: the weights have shape \(3, 3\)"):
         build((family, tiny_flux2, torch.device("cpu")), replacement={"x_embedder.weight": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "size"),
+    [("a", 1), ("aa", 2), ("aabb", 2), ("ab", 2), ("abab", 4), ("aaab", 4), ("aaabbb", 3), ("aabba", 5)],
+)
+def test_ranks_of_a_machine(hosts: str, size: int) -> None:
+    """Parts where all machines have as many consecutive ranks, and more than one."""
+    assert consecutive_runs(hosts) == size
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_dump_loads_back_equal(name: str, tmp_path: Path) -> None:
 def test_engine_files(path: Path) -> None:
     role = "teacher" if "frozen" in path.stem else "generator"
     dtype = "float32" if path.stem == "zero0" else "bfloat16"
-    overrides = [f"roles.{role}.engine=ds_configs/{path.name}", f"dtype={dtype}"]
+    separate = "with=recipes/layouts/separate_zero3.yaml"
+    overrides = [separate, f"roles.{role}.engine=ds_configs/{path.name}", f"dtype={dtype}"]
     recipe = load_recipe(RECIPES / "flux2_4b.yaml", overrides)
     check_recipe(recipe, "flux2_4b", world_size=8, stages=["cold_start"])
 
