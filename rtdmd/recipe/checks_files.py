@@ -102,7 +102,7 @@ def _check_base_engine(report: Report, key: str, path: str, content: dict[str, A
         report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")
     device = _offload_device(zero, "offload_param") if isinstance(zero, dict) else "none"
     if device not in ("none", "cpu"):
-        advice = "a shared base waits on the GPU or in host memory; write cpu, or roles.engines: separate"
+        advice = "a shared base waits on the GPU or in host memory; write cpu, or add with=recipes/layouts/separate_zero3.yaml"
         report.fault(key, path, f"offload_param.device is {json.dumps(device)}: {advice}")
 
 
@@ -112,7 +112,7 @@ def _check_shared_base(report: Report, recipe: Recipe, contents: dict[str, dict[
     for role in _ROLES:
         section: Any = value_at(recipe, f"roles.{role}")
         if role != "teacher" and section.trains == "full":
-            advice = "write lora, or roles.engines: separate"
+            advice = "write lora, or add with=recipes/layouts/separate_zero3.yaml"
             report.fault(f"roles.{role}.trains", "full", f"a shared base stays as it is; {advice}")
         base = role_weights(recipe.model, section)
         other = bases.setdefault(base, role)
