@@ -21,11 +21,12 @@ _DECIDED_BY_RECIPE = {
     "gradient_accumulation_steps": "batch_size and micro_batch_size",
     "gradient_clipping": "max_grad_norm",
     "optimizer": "cold_start.generator and its like",
-    "scheduler": "learning_rate, which is constant",
+    "scheduler": "learning_rate and cooldown",
     "bf16": "dtype",
     "fp16": "dtype",
     "amp": "dtype",
 }
+_SEPARATE = "with=recipes/layouts/separate_zero3.yaml"  # each role in a DeepSpeed engine of its own
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -102,7 +103,7 @@ def _check_base_engine(report: Report, key: str, path: str, content: dict[str, A
         report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")
     device = _offload_device(zero, "offload_param") if isinstance(zero, dict) else "none"
     if device not in ("none", "cpu"):
-        advice = "a shared base waits on the GPU or in host memory; write cpu, or add with=recipes/layouts/separate_zero3.yaml"
+        advice = f"a shared base waits on the GPU or in host memory; write cpu, or add {_SEPARATE}"
         report.fault(key, path, f"offload_param.device is {json.dumps(device)}: {advice}")
 
 
@@ -112,7 +113,7 @@ def _check_shared_base(report: Report, recipe: Recipe, contents: dict[str, dict[
     for role in _ROLES:
         section: Any = value_at(recipe, f"roles.{role}")
         if role != "teacher" and section.trains == "full":
-            advice = "write lora, or add with=recipes/layouts/separate_zero3.yaml"
+            advice = f"write lora, or add {_SEPARATE}"
             report.fault(f"roles.{role}.trains", "full", f"a shared base stays as it is; {advice}")
         base = role_weights(recipe.model, section)
         other = bases.setdefault(base, role)

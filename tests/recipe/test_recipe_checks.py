@@ -422,7 +422,7 @@ def test_a_shared_base_may_be_replicated_or_in_shards(write_recipe: Write) -> No
     [
         (
             "roles.fake_score.trains=full",
-            "roles.fake_score.trains = 'full': a shared base stays as it is; write lora, or roles.engines",
+            "roles.fake_score.trains = 'full': a shared base stays as it is; write lora, or add with=",
         ),
         (
             "roles.generator.engine=ds_configs/frozen_zero3.json",
