@@ -49,7 +49,7 @@ for name in "$@"; do
     cold_auto) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute auto) "${short[@]}" ;;
     cold_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) cold_start.micro_batch_size=3 model.text_encoder=offload "${short[@]}" ;;
     cold_eager) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    cold_zero3) run "$name" recipes/flux2_4b.yaml "${separate[@]}" cold_start.micro_batch_size=null "${short[@]}" ;;
+    cold_zero3) run "$name" recipes/flux2_4b.yaml "${separate[@]}" "${short[@]}" ;;
     baseline) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" --baseline ;;
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;

@@ -11,7 +11,7 @@ copy of the working tree, so that it may change meanwhile; what they say is in O
 
 With a ``~`` after its number a job shares its GPUs with others, for what these leave idle while they load and
 compile. It starts at once, and those of its processes that see a single GPU are held still (SIGSTOP) while
-another job measures there (benchmarks/gpus.py, ``alone``).
+another job, or one without GPUs, measures there (benchmarks/gpus.py, ``alone``).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_list(path: Path) -> list[Job]:
                 f"{path}: line {number} is {line!r}; write a name, a number of GPUs, and a command"
             )
         name, gpus, command = words
-        if name in jobs or Path(name).name != name:
+        if name in jobs or name == ".." or Path(name).name != name:
             raise UserError(f"{path}: line {number}: {name!r} is no name, or another job's; write another")
         jobs[name] = Job(name, int(gpus.removesuffix("~")), command, gpus.endswith("~"))
     return list(jobs.values())
@@ -120,9 +120,10 @@ class Scheduler:
 
     def _hold_still(self) -> None:
         """Whatever shares a GPU that another job must have alone; let the rest go on."""
-        claimed = {gpu for each in self.running if has_files(self._alone(each.job)) for gpu in each.gpus}
+        alone = [each for each in self.running if has_marks(self._alone(each.job))]
+        claimed = {gpu for each in alone for gpu in each.gpus or self.gpus}
         for each in self.running:
-            for process, gpus in processes_of(each.process.pid) if each.job.shares else ():
+            for process, gpus in offspring(each.process.pid) if each.job.shares else ():
                 held = len(gpus) == 1 and gpus[0] in claimed
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGSTOP if held else signal.SIGCONT)
@@ -162,7 +163,7 @@ class Scheduler:
         environment["PYTHONUNBUFFERED"] = "1"
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        if not job.shares and any(other.shares for other in self.jobs):
+        if not job.shares:
             environment[ALONE] = str(self._alone(job))
         with open(self._log(job), "wb") as log:
             process = subprocess.Popen(
@@ -181,20 +182,26 @@ class Scheduler:
         return self.out / "logs" / f"{job.name}.txt"
 
 
-def has_files(folder: Path) -> bool:
-    """Whether there are any."""
-    return folder.exists() and any(folder.iterdir())
+def has_marks(folder: Path) -> bool:
+    """Whether a process that is still there has left one; those of killed ones stay."""
+    return folder.exists() and any(Path("/proc", mark.name).exists() for mark in folder.iterdir())
 
 
-def processes_of(session: int) -> Iterator[tuple[int, list[str]]]:
-    """A session's processes, with the GPUs that each of them sees."""
+def offspring(first: int) -> Iterator[tuple[int, list[str]]]:
+    """A process and all that it and they have started, with the GPUs that each of them sees."""
+    children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended, or isn't ours
-            if os.getsid(int(folder.name)) == session:
-                variables = folder.joinpath("environ").read_bytes().split(b"\0")
-                seen = [word for word in variables if word.startswith(b"CUDA_VISIBLE_DEVICES=")]
-                names = seen[0].partition(b"=")[2].decode().split(",") if seen else []
-                yield int(folder.name), names
+        with suppress(OSError):  # it has just ended
+            parent = int(folder.joinpath("stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    waiting = [first]
+    while waiting:
+        process = waiting.pop()
+        waiting += children.get(process, [])
+        with suppress(OSError):
+            variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            seen = [word for word in variables if word.startswith(b"CUDA_VISIBLE_DEVICES=")]
+            yield process, seen[0].partition(b"=")[2].decode().split(",") if seen else []
 
 
 def copy_tree(source: Path, target: Path, out: Path) -> None:
@@ -244,9 +251,11 @@ def run(options: argparse.Namespace) -> None:
     scheduler = Scheduler(options.list, options.out, gpus, Path.cwd())
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-    while scheduler.turn() and not stopped:
-        time.sleep(_PAUSE)
-    scheduler.stop()
+    try:
+        while scheduler.turn() and not stopped:
+            time.sleep(_PAUSE)
+    finally:
+        scheduler.stop()
 
 
 def scheduler_of(out: Path) -> int | None:

@@ -95,9 +95,17 @@ class Sizes:
 
 
 def traffic(
-    recipe: Recipe, sizes: Sizes, passes: Counter[str], updated: Iterable[str], ranks: int
+    recipe: Recipe,
+    sizes: Sizes,
+    passes: Counter[str],
+    updated: Iterable[str],
+    ranks: int,
+    partition: int | None = None,
 ) -> Traffic:
-    """Of a step that runs through networks ``passes`` times and updates the roles ``updated``."""
+    """Of a step that runs through networks ``passes`` times and updates the roles ``updated``.
+
+    ``partition`` is how many ranks have a network once between them, if that isn't the engines' to say.
+    """
     engines = {role: engine_config(getattr(recipe.roles, role).engine, recipe.dtype, None) for role in passes}
     sharded = {role: config for role, config in engines.items() if zero_stage(config) == 3}
 
@@ -108,7 +116,10 @@ def traffic(
     return Traffic(
         gathered=sum(passes[role] * sizes.whole * element for role in sharded),
         reduced=sum(4 * trained(role) for role in updated),
-        partition=max((partition_size(config, ranks) or ranks for config in sharded.values()), default=ranks),
+        partition=max(
+            (partition or partition_size(config, ranks) or ranks for config in sharded.values()),
+            default=ranks,
+        ),
     )
 
 

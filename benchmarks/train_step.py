@@ -46,6 +46,7 @@ from benchmarks.reward_models import BUILDERS
 from benchmarks.traffic import Sizes, cold_start_passes, communication, rtdmd_passes, traffic
 from rtdmd.distributed.collectives import start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
+from rtdmd.distributed.sharding import BlockShards
 from rtdmd.distributed.shared import ShardedBase, SharedNetwork
 from rtdmd.errors import UserError
 from rtdmd.recipe import load_recipe
@@ -187,7 +188,8 @@ def build(bench: Bench) -> Built:
     loaders = random_loaders(options.tiny)
     stage = build_stage(options.stage, recipe, ranks, CallLog(ranks), HandOver(), loaders)
     ema = Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=options.stage == "rtdmd")
-    bench.mapped = mapped_bytes(stage.roles)
+    # Shards that other GPUs map; torch's allocator doesn't count them.
+    bench.mapped = sum(shards.mapped_bytes for shards in all_shards(stage.roles))
     bench.result["build_seconds"] = time.perf_counter() - start
     count_flops(bench, stage.family, stage.roles.teacher.unconditional)
     clock = PhaseClock(ranks.device)
@@ -196,11 +198,11 @@ def build(bench: Bench) -> Built:
     return Built(stage, ema, clock, stage.draws, sizes)
 
 
-def mapped_bytes(roles: Roles) -> int:
-    """Of shards that other GPUs map, which torch's allocator doesn't count."""
+def all_shards(roles: Roles) -> list[BlockShards]:
+    """Of shared bases."""
     networks = [role.engine.network for role in (roles.teacher, roles.generator, roles.fake_score)]
     bases = {network.base for network in networks if isinstance(network, SharedNetwork)}
-    return sum(base.shards.mapped_bytes for base in bases if isinstance(base, ShardedBase))
+    return [base.shards for base in bases if isinstance(base, ShardedBase)]
 
 
 def step(bench: Bench, built: Built, number: int) -> None:
@@ -264,7 +266,9 @@ def exchange(
     updated: Sequence[str],
 ) -> dict[str, Any]:
     """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
-    row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated, bench.ranks.world_size))}
+    ranks = bench.ranks.world_size
+    partition = next((shards.num_ranks for shards in all_shards(built.stage.roles)), None)
+    row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated, ranks, partition))}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
         spent = communication(partial(run, 0), bench.ranks.device)
         row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))

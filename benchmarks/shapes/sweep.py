@@ -1,17 +1,19 @@
-"""One setting of a small world's recipe for so many seconds a stage, measured on the way.
+"""One setting of a small world's recipe, measured on the way, as long as it says or a number of seconds.
 
-  python -m benchmarks.shapes.sweep NAME [--recipe FILE] --seconds 120 120 [key=value …] >> sweep.jsonl
+  python -m benchmarks.shapes.sweep NAME [--recipe FILE] [--seconds 120 120] [key=value …] >> sweep.jsonl
 
 Both stages run in this process, stage 2 from the average that stage 1 has reached; ``--stage rtdmd`` runs it
-alone, from what the recipe's rtdmd.start_generator and start_fake_score name. ``--keep FOLDER`` keeps what
-the stages leave in FOLDER/NAME. A line of JSON for each measurement: the judge's accuracy and CLIP's
-reward on validation captions, painted with the average.
+alone, from what the recipe's rtdmd.start_generator and start_fake_score name. Seconds that cut a stage short
+cut off its cooldown, which goes by steps. ``--keep FOLDER`` keeps what the stages leave in FOLDER/NAME. A line
+of JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
+average.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -89,7 +91,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--recipe", default="recipes/shapes.yaml")
     parser.add_argument("--stage", choices=("cold_start", "rtdmd"), help="this one alone")
-    parser.add_argument("--seconds", type=float, nargs=2, default=[120.0, 120.0], help="of either stage")
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, default=[math.inf, math.inf], help="of either stage"
+    )
     parser.add_argument("--captions", type=int, default=256)
     parser.add_argument("--keep", type=Path, help="folder for the stages' state dicts")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between measurements")

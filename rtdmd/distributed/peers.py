@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,27 @@ def consecutive_runs(hosts: Sequence[str]) -> int:
 
 
 def obstacle_to_copying(ranks: Ranks) -> str | None:
-    """Why these ranks can't copy from each other, as a sentence to go on; None if they can. Collective."""
+    """Why these ranks can't copy from each other, the end of a sentence; None if they can. Collective."""
     hosts = sorted(set(ranks.gather_objects(socket.gethostname())))
     if len(hosts) > 1:
         return f"is for ranks on one machine, these are on {', '.join(hosts)}"
-    if ranks.device.type == "cuda":
-        mine = ranks.device.index
-        others = [index for index in ranks.gather_objects(mine) if index != mine]
-        sees = all(torch.cuda.can_device_access_peer(mine, other) for other in others)
-        if not all(ranks.gather_objects(sees)):
-            return "needs GPUs with access to each other"
-    return None
+    if ranks.device.type != "cuda":
+        return None
+    mine = ranks.device.index
+    indices = ranks.gather_objects(mine)
+    if len(set(indices)) < len(indices):
+        return "needs processes that see each other's GPUs, each under a number of its own"
+    seen = range(torch.cuda.device_count())
+    others = [index for index in indices if index != mine]
+    has_access = all(i in seen and torch.cuda.can_device_access_peer(mine, i) for i in others)
+    if not all(ranks.gather_objects(has_access)):
+        return "needs GPUs with access to each other"
+    failure = None
+    try:
+        _symmetric(1, torch.uint8, ranks)
+    except RuntimeError as error:  # a container without the permission, say
+        failure = f"needs GPUs that can map each other's memory: {error}"
+    return next((each for each in ranks.gather_objects(failure) if each is not None), None)
 
 
 def share_memory(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
@@ -60,12 +69,8 @@ def share_memory(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
 
     Collective. GPUs map each other's memory (torch's symmetric memory): copying from it needs NVLink or
     PCIe, but no multiprocessor of either. Processes on a CPU map files. Nobody may read what another rank
-    has not filled yet. Raises UserError on every rank where that can't be: several machines, GPUs
-    without peer access.
+    has not filled yet. For ranks for which :func:`obstacle_to_copying` finds none.
     """
-    obstacle = obstacle_to_copying(ranks)
-    if obstacle is not None:
-        raise UserError(f"roles.gather: copies {obstacle}; write auto")
     if ranks.device.type == "cuda":
         return _symmetric(count, dtype, ranks)
     return _mapped(count, dtype, ranks)
@@ -80,12 +85,7 @@ def _symmetric(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
         memory = symmetric_memory.empty(count, dtype=dtype, device=ranks.device)
     group = ranks.group or dist.group.WORLD
     assert group is not None
-    try:
-        handle = symmetric_memory.rendezvous(memory, group)
-    except RuntimeError as error:  # a container without the permission, say
-        raise UserError(
-            f"roles.gather: these GPUs can't map each other's memory ({error}); write collective"
-        ) from error
+    handle = symmetric_memory.rendezvous(memory, group)
     of_ranks = [
         memory if rank == ranks.rank else handle.get_buffer(rank, (count,), dtype)
         for rank in range(ranks.world_size)

@@ -22,6 +22,7 @@ from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.config import offloads_parameters, partition_size
 from rtdmd.distributed.loading import TensorSource, check_shape, copy_flat, load_buffers, make_empty
 from rtdmd.distributed.peers import PeerMemory, obstacle_to_copying, ranks_of_a_machine, share_memory
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import Gather
 
 _ALIGNMENT = 128  # elements: compiled code wants parameters at addresses that 16 divides
@@ -40,14 +41,17 @@ def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placem
     """Where an engine's configuration and ``roles.gather`` put a frozen network. Collective.
 
     With ``auto``, and unless ``zero_hpz_partition_size`` says otherwise, each machine has it once; the ranks
-    copy if they can.
+    copy if they can. Raises UserError on every rank if they can't although they shall.
     """
-    offload = offloads_parameters(config)
     size = partition_size(config, ranks.world_size)
-    if gather != "auto":
-        return Placement(ranks.part(size or ranks.world_size), offload, gather == "copies")
-    part = ranks.part(size or ranks_of_a_machine(ranks))
-    return Placement(part, offload, not offload and obstacle_to_copying(part) is None)
+    part = ranks.part(size or (ranks_of_a_machine(ranks) if gather == "auto" else ranks.world_size))
+    if offloads_parameters(config) or gather == "collective" or part.world_size == 1:
+        return Placement(part, offloads_parameters(config))
+    obstacle = obstacle_to_copying(part)
+    with ranks.together():
+        if obstacle is not None and gather == "copies":
+            raise UserError(f"roles.gather: copies {obstacle}; write auto")
+    return Placement(part, copies=obstacle is None)
 
 
 @dataclass
@@ -172,6 +176,11 @@ class BlockShards:
             unit.is_here = False
 
     @property
+    def num_ranks(self) -> int:
+        """That have the network once between them."""
+        return self._ranks.world_size
+
+    @property
     def shards(self) -> list[Tensor]:
         """This rank's part of each unit."""
         return [unit.shard for unit in self._units]
@@ -209,7 +218,7 @@ def build_sharded(
 
     ``make`` constructs the module, ``blocks_of`` names its blocks in the order in which they run.
     ``progress`` is called after each unit. Raises UserError if a tensor has another shape than the
-    network's, or if the ranks can't copy from each other though ``placement`` says so.
+    network's.
     """
     ranks = placement.ranks
     network = make_empty(make, dtype, ranks.device).requires_grad_(False).eval()

@@ -7,7 +7,7 @@ from typing import Any
 
 from rtdmd.export.figures import StageFigures
 from rtdmd.export.results import Evaluation
-from rtdmd.recipe.schema import ColdStartSection, Recipe, RtdmdSection
+from rtdmd.recipe.schema import ColdStartSection, OptimizerSection, Recipe, RtdmdSection
 
 _LOSSES = ("fake_score/loss", "generator/distribution_matching")
 
@@ -42,9 +42,15 @@ def _trains(recipe: Recipe) -> str:
     return f"LoRA of rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}"
 
 
+def _rate(optimizer: OptimizerSection) -> str:
+    falls = f" falling to 0 over the last {optimizer.cooldown:.0%}" if optimizer.cooldown else ""
+    return f"{optimizer.learning_rate:g}{falls}"
+
+
 def _settings(section: ColdStartSection | RtdmdSection) -> str:
-    generator, fake = section.generator.learning_rate, section.fake_score.learning_rate
-    rates = f"learning rates {generator:g} (generator) and {fake:g} (fake score)"
+    rates = (
+        f"learning rates {_rate(section.generator)} (generator) and {_rate(section.fake_score)} (fake score)"
+    )
     if isinstance(section, ColdStartSection):
         return (
             f"{section.iterations} iterations, a generator update every {section.generator_every}, "

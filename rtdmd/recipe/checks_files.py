@@ -67,7 +67,7 @@ def check_engines(report: Report, recipe: Recipe, world_size: int) -> None:
 
 
 def _check_partition(report: Report, key: str, path: str, content: dict[str, Any], world_size: int) -> None:
-    """ZeRO-3 has the parameters once among so many consecutive ranks; 1 stands for all."""
+    """ZeRO-3 has the parameters once among so many consecutive ranks; with 1 the file doesn't say."""
     zero = content.get("zero_optimization")
     size = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, dict) else 1
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -97,7 +97,11 @@ def _check_copies(report: Report, is_shared: bool, contents: dict[str, dict[str,
 def _check_base_engine(report: Report, key: str, path: str, content: dict[str, Any]) -> None:
     """A shared base is frozen; its adapters are whole on every rank and train without DeepSpeed."""
     zero = content.get("zero_optimization")
-    _check_role_engine(report, key, path, content, frozen=True)
+    if _stage(content) in (1, 2):
+        advice = f"a shared base has none; use stage 3 or 0, or add {_SEPARATE}"
+        report.fault(key, path, f"ZeRO stage {_stage(content)} shards optimizer state, and {advice}")
+    else:
+        _check_role_engine(report, key, path, content, frozen=True)
     if isinstance(zero, dict) and _offloads(zero, "offload_optimizer"):
         advice = "the adapters on a shared base stay on the GPU; use ds_configs/frozen_zero3_offload.json"
         report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,7 +38,7 @@ def test_lists_name_cases_that_there_are() -> None:
     for path in lists:
         for job in jobs.read_list(path):
             _, runs, named = job.command.partition("benchmarks/full_size_runs.sh ")
-            assert not runs or set(named.split()[1:]) <= set(cases), job
+            assert not runs or set(named.partition(";")[0].split()[1:]) <= set(cases), job
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_lists_name_cases_that_there_are() -> None:
         ("two 1", "line 2 is 'two 1'"),
         ("one 1 echo", "'one' is no name, or another job's"),
         ("../one 1 echo", "'../one' is no name"),
+        (".. 1 echo", "'..' is no name"),
     ],
 )
 def test_faults_name_the_line(tmp_path: Path, line: str, words: str) -> None:
@@ -115,6 +118,16 @@ def test_jobs_that_share_gpus_stand_still_while_others_measure_there(tmp_path: P
     assert [moment for moment in counted["7"] if begin < moment < end]
     assert scheduler.ended["beside"][0] == scheduler.ended["elsewhere"][0] == -signal.SIGTERM
     assert not (out / "alone" / "measuring").exists()
+
+
+def test_marks_of_killed_processes_do_not_count(tmp_path: Path) -> None:
+    assert not jobs.has_marks(tmp_path / "none")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / str(ended.pid)).touch()
+    assert not jobs.has_marks(tmp_path)
+    (tmp_path / str(os.getpid())).touch()
+    assert jobs.has_marks(tmp_path)
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

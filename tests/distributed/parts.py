@@ -5,7 +5,9 @@ RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python -m tests.distribu
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -61,7 +63,11 @@ def main() -> None:
         total = sum(parameter.numel() for parameter in whole.parameters())
         assert total / size <= held < total / size + 256 * len(shards.shards)
         torch.testing.assert_close(family.predict_velocity(network, x, 0.7, text), expected)
+        mapped = [weakref.ref(unit.memory) for unit in shards._units if unit.memory is not None]
+        assert len(mapped) == (len(shards.shards) if copies else 0)
         shards.close()
+        gc.collect()
+        assert shards.mapped_bytes == 0 and not [memory for memory in mapped if memory() is not None]
     print(f"rank {ranks.rank} is done", flush=True)
     stop_ranks()
 

@@ -129,7 +129,12 @@ def results(
         root / "shared_zero0", "small_steps", tiny_flux2, *overrides, *shared("zero0")
     )
     cases["shared_closed"] = case(
-        root / "shared_closed", "closed", tiny_flux2, *small, *shared("frozen_zero3")
+        root / "shared_closed",
+        "closed",
+        tiny_flux2,
+        *small,
+        *shared("frozen_zero3"),
+        "roles.gather=collective",
     )
     lora = {family: expected[f"{family}-lora"][0] for family in ("flux2", "sd3")}
     rewards = (f"rewards=[{{name: clipscore, weights: {tiny_clip}}}]", "rtdmd.sample_batch_size=2")
