@@ -4,9 +4,9 @@
 
 Both stages run in this process, stage 2 from the average that stage 1 has reached; ``--stage rtdmd`` runs it
 alone, from what the recipe's rtdmd.start_generator and start_fake_score name. Seconds that cut a stage short
-cut off its cooldown, which goes by steps. ``--keep FOLDER`` keeps what the stages leave in FOLDER/NAME. A line
-of JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with the
-average.
+cut off its cooldown, which goes by steps. ``--keep FOLDER`` keeps what the stages leave in FOLDER/NAME. A
+line of JSON for each measurement: the judge's accuracy and CLIP's reward on validation captions, painted with
+the average.
 """
 
 from __future__ import annotations
