@@ -1,10 +1,10 @@
 """What a step has to exchange between ranks, and what a step spent on exchanging.
 
 A network in shards (ZeRO-3) is gathered once each time that it is run through, forward or backward
-(recomputation finds the layers there). What trains is reduced once an update, in float32. Both are counted as
-the size of the whole; over N ranks at a bus bandwidth of b bytes a second a gather takes (N − 1)/N · size/b
-and a reduction 2·(N − 1)/N · size/b, as NCCL's rings do. If every P ranks have the network once between them,
-a gather is among those.
+(recomputation finds the layers there), a shared base of many blocks but for its ends, which stay whole. What
+trains is reduced once an update, in float32. Both are counted as the size of the whole; over N ranks at a
+bus bandwidth of b bytes a second a gather takes (N − 1)/N · size/b and a reduction 2·(N − 1)/N · size/b, as
+NCCL's rings do. If every P ranks have the network once between them, a gather is among those.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpus import alone
 from rtdmd.distributed.config import engine_config, partition_size, zero_stage
+from rtdmd.distributed.sharding import ends_of
+from rtdmd.models.blocks import blocks_of
 from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe.schema import Recipe
@@ -78,9 +80,10 @@ def rtdmd_passes(recipe: Recipe) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of a transformer and of an adapter on it."""
+    """Elements of a transformer, of what a shared base of it gathers, and of an adapter on it."""
 
     whole: int
+    gathered: int
     adapter: int
 
     @classmethod
@@ -90,8 +93,14 @@ class Sizes:
         with torch.device("meta"):
             network = family.transformer_class(**config)
             whole = sum(parameter.numel() for parameter in network.parameters())
+            modules = blocks_of(network, family.block_lists)
+            blocks = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+            ends = ends_of(len(blocks))
+            units = enumerate([whole - sum(blocks), *blocks])
+            gathered = sum(size for index, size in units if index not in ends)
             attach_adapter(network, lora.rank, lora.alpha, lora.targets or family.lora_targets)
-        return cls(whole, sum(parameter.numel() for parameter in adapter_parameters(network).values()))
+            adapter = sum(parameter.numel() for parameter in adapter_parameters(network).values())
+        return cls(whole, gathered, adapter)
 
 
 def traffic(
@@ -113,8 +122,9 @@ def traffic(
         return sizes.adapter if getattr(recipe.roles, role).trains == "lora" else sizes.whole
 
     element = getattr(torch, recipe.dtype).itemsize
+    size = sizes.gathered if recipe.roles.engines == "shared_base" else sizes.whole
     return Traffic(
-        gathered=sum(passes[role] * sizes.whole * element for role in sharded),
+        gathered=sum(passes[role] * size * element for role in sharded),
         reduced=sum(4 * trained(role) for role in updated),
         partition=max(
             (partition or partition_size(config, ranks) or ranks for config in sharded.values()),

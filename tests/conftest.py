@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,21 @@ def _build_tiny_pipeline(family: str, factory: pytest.TempPathFactory) -> Path:
 def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny FLUX.2-klein pipeline. Tests don't write to it."""
     return _build_tiny_pipeline("flux2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def long_flux2(tiny_flux2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a transformer of ten blocks."""
+    import torch
+    from diffusers import Flux2Transformer2DModel
+
+    folder = tmp_path_factory.mktemp("long") / "pipeline"
+    shutil.copytree(tiny_flux2, folder)
+    config = Flux2Transformer2DModel.load_config(folder, subfolder="transformer")
+    torch.manual_seed(0)
+    longer = Flux2Transformer2DModel.from_config({**config, "num_layers": 4, "num_single_layers": 6})
+    longer.save_pretrained(folder / "transformer")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from rtdmd.errors import UserError
 from rtdmd.recipe.schema import Gather
 
 _ALIGNMENT = 128  # elements: compiled code wants parameters at addresses that 16 divides
+_MANY_BLOCKS = 8  # a network of so many has its ends whole on every rank
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placem
 class _Unit:
     """Parameters that are gathered together: one block's, or all that are in no block.
 
+    A pass through a network begins with what is in no block and the first block, or backward with the last:
+    nothing runs while they travel. Where there are many blocks these three stay whole.
+
     ``whole`` is flat, and its storage is empty while nothing needs it. The parameters are views of it for
     good, so that whatever autograd or compiled code has kept of them is right once it is gathered again.
     """
@@ -73,7 +77,7 @@ class _Unit:
 
     @property
     def is_resident(self) -> bool:
-        """Whether the shard is all of it, as on a single rank."""
+        """Whether the shard is all of it, as on a single rank, or at an end of a long network."""
         return self.shard is self.whole
 
 
@@ -206,6 +210,11 @@ class BlockShards:
                 unit.shard, unit.peers, unit.memory = unit.shard.new_empty(0), [], None
 
 
+def ends_of(num_blocks: int) -> set[int]:
+    """Which units stay whole on every rank; 0 is what is in no block, then come the blocks."""
+    return {0, 1, num_blocks} if num_blocks >= _MANY_BLOCKS else set()
+
+
 def build_sharded(
     make: Callable[[], nn.Module],
     blocks_of: Callable[[nn.Module], Sequence[nn.Module]],
@@ -214,7 +223,7 @@ def build_sharded(
     placement: Placement,
     progress: Callable[[], None],
 ) -> tuple[nn.Module, BlockShards]:
-    """A frozen network of which each rank reads and keeps 1/ranks, and what gathers it.
+    """A frozen network of which each rank reads and keeps 1/ranks, but for its ends, and what gathers it.
 
     ``make`` constructs the module, ``blocks_of`` names its blocks in the order in which they run.
     ``progress`` is called after each unit. Raises UserError if a tensor has another shape than the
@@ -232,13 +241,17 @@ def build_sharded(
         for name, parameter in module.named_parameters(recurse=False)
     }
     parts = [rest, *(list(block.parameters()) for block in blocks)]
-    sizes = [_size(part, ranks) for part in parts]
+    ends = ends_of(len(blocks))
+    if ranks.world_size == 1 and not placement.offload:
+        ends = set(range(len(parts)))
+    sizes = [_size(part, 1 if index in ends else ranks.world_size) for index, part in enumerate(parts)]
     memory = None
-    if placement.copies and ranks.world_size > 1:
-        memory = share_memory(sum(sizes), dtype, ranks)
+    shared = sum(size for index, size in enumerate(sizes) if index not in ends)
+    if placement.copies and shared:
+        memory = share_memory(shared, dtype, ranks)
     units = []
     with nullcontext() if memory is None else ranks.together():  # then nobody copies what isn't there
-        for part, unit in zip(parts, _allocate(sizes, dtype, placement, memory), strict=True):
+        for part, unit in zip(parts, _allocate(sizes, ends, dtype, placement, memory), strict=True):
             views = _load({names[parameter]: parameter for parameter in part}, unit, source, ranks)
             for parameter, view in zip(part, views, strict=True):
                 module, name = homes[parameter]
@@ -257,25 +270,34 @@ def _aligned(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
-def _size(parameters: Sequence[nn.Parameter], ranks: Ranks) -> int:
-    """Elements of a rank's shard."""
+def _size(parameters: Sequence[nn.Parameter], num_ranks: int) -> int:
+    """Elements of a shard, one of so many."""
     whole = sum(_aligned(parameter.numel()) for parameter in parameters)
-    return _aligned(-(-whole // ranks.world_size))
+    return _aligned(-(-whole // num_ranks))
 
 
 def _allocate(
-    sizes: Sequence[int], dtype: torch.dtype, placement: Placement, memory: PeerMemory | None
+    sizes: Sequence[int],
+    ends: Collection[int],
+    dtype: torch.dtype,
+    placement: Placement,
+    memory: PeerMemory | None,
 ) -> Iterator[_Unit]:
-    """Units with shards of so many elements, without values; as they are asked for, since all are whole."""
+    """Units with shards of so many elements, without values; as they are asked for, since all are whole.
+
+    Those at ``ends`` stay whole.
+    """
     ranks, offload = placement.ranks, placement.offload
     start = 0
-    for size in sizes:
+    for index, size in enumerate(sizes):
+        if index in ends:
+            whole = torch.empty(size, dtype=dtype, device=ranks.device)
+            yield _Unit(whole, whole, is_here=True)
+            continue
         whole = torch.empty(ranks.world_size * size, dtype=dtype, device=ranks.device)
         if memory is not None:
             peers = [each[start : start + size] for each in memory.of_ranks]
             yield _Unit(whole, peers[ranks.rank], peers, memory)
-        elif ranks.world_size == 1 and not offload:
-            yield _Unit(whole, whole, is_here=True)
         else:
             device, pin = ("cpu", ranks.device.type == "cuda") if offload else (ranks.device, False)
             yield _Unit(whole, torch.empty(size, dtype=dtype, device=device, pin_memory=pin))
@@ -289,7 +311,7 @@ def _load(
     # Not `whole` itself: gathering counts as a change of it, and autograd would refuse what it has kept.
     unversioned = unit.whole.data
     views, start = [], 0
-    first = ranks.rank * unit.shard.numel()
+    first = 0 if unit.is_resident else ranks.rank * unit.shard.numel()
     for name, parameter in parameters.items():
         check_shape(source, name, parameter.shape)
         low, high = max(start, first), min(start + parameter.numel(), first + unit.shard.numel())

@@ -61,10 +61,14 @@ def main() -> None:
         )
         held = sum(shard.numel() for shard in shards.shards)
         total = sum(parameter.numel() for parameter in whole.parameters())
-        assert total / size <= held < total / size + 256 * len(shards.shards)
+        inner = [p for block in blocks_of(whole, family.block_lists)[1:-1] for p in block.parameters()]
+        sharded = sum(parameter.numel() for parameter in inner)
+        share = total - sharded + sharded / size
+        padding = 128 * (len(list(whole.parameters())) + len(shards.shards))
+        assert share <= held < share + padding
         torch.testing.assert_close(family.predict_velocity(network, x, 0.7, text), expected)
         mapped = [weakref.ref(unit.memory) for unit in shards._units if unit.memory is not None]
-        assert len(mapped) == (len(shards.shards) if copies else 0)
+        assert len(mapped) == (len(shards.shards) - 3 if copies else 0)
         shards.close()
         gc.collect()
         assert shards.mapped_bytes == 0 and not [memory for memory in mapped if memory() is not None]
