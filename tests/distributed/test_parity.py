@@ -291,6 +291,21 @@ def test_compiled_blocks_equal_plain_pytorch(
             )
 
 
+@pytest.mark.slow
+def test_a_long_network_in_shards_equals_plain_pytorch(
+    tmp_path: Path, pipelines: dict[str, Path], long_flux2: Path, tiny_clip: Path
+) -> None:
+    """Its ends are whole on both ranks."""
+    pipelines = pipelines | {"flux2": long_flux2}
+    cases = [
+        shared(stage, engine="frozen_zero3", extra=(*ACCUMULATED, f"roles.gather={gather}"))
+        for stage, gather in (("cold_start", "auto"), ("rtdmd", "collective"))
+    ]
+    got = compute(cases, 2, tmp_path, pipelines, tiny_clip)
+    for case in cases:
+        assert_plain(case, got[case.name, 2], {}, pipelines, tiny_clip)
+
+
 def test_one_rank_equals_two(
     two_ranks: Results, tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path
 ) -> None:
