@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpus import alone
+from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.config import engine_config, partition_size, zero_stage
 from rtdmd.distributed.sharding import ends_of
 from rtdmd.models.blocks import blocks_of
@@ -169,17 +170,28 @@ def device_intervals(trace: dict[str, Any]) -> tuple[list[Interval], list[Interv
     return found
 
 
-def communication(run: Callable[[], None], device: torch.device) -> dict[str, float]:
+def after_barrier(
+    communication: Sequence[Interval], computation: Sequence[Interval]
+) -> tuple[list[Interval], list[Interval]]:
+    """What begins after the first communication has ended."""
+    _, end = min(communication)
+    later, computed = ([each for each in some if each[0] >= end] for some in (communication, computation))
+    return later, computed
+
+
+def communication(run: Callable[[], None], ranks: Ranks) -> dict[str, float]:
     """Seconds of ``run`` in which the device communicates, and in which it does nothing else meanwhile.
 
     A rank that waits for another one communicates.
     """
     with alone(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        ranks.barrier()  # profilers start at different moments, which is no communication
+        torch.cuda.synchronize(ranks.device)
         run()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(ranks.device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
-    communicating, computing = device_intervals(trace)
+    communicating, computing = after_barrier(*device_intervals(trace))
     return {"seconds": length(communicating), "exposed_seconds": exposed(communicating, computing)}

@@ -270,7 +270,7 @@ def exchange(
     partition = next((shards.num_ranks for shards in all_shards(built.stage.roles)), None)
     row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated, ranks, partition))}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
-        spent = communication(partial(run, 0), bench.ranks.device)
+        spent = communication(partial(run, 0), bench.ranks)
         row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))
     return row
 

@@ -51,6 +51,14 @@ def test_seconds_by_hand() -> None:
     assert seconds(4, 2) == pytest.approx(5 + 1.5)
 
 
+def test_the_barrier_before_a_step_does_not_count() -> None:
+    """It is the first to communicate, and has the device clear a tensor before."""
+    waited, cleared = (1.0, 3.0), (0.5, 0.75)
+    first, second, computed = (3.5, 4.0), (6.0, 7.0), (3.0, 5.0)
+    found = traffic.after_barrier([second, waited, first], [cleared, computed])
+    assert found == ([second, first], [computed])
+
+
 def test_passes_by_hand() -> None:
     recipe = load_recipe("recipes/flux2_4b.yaml")
     # Three micro-batches; the anchor's and both moves' evaluation, forward and backward.
