@@ -36,6 +36,15 @@ class Placement:
     ranks: Ranks  # that have the network once between them
     offload: bool = False  # shards wait in (page-locked) host memory
     copies: bool = False  # each rank copies from the others' memory, on one machine; else by a collective
+    obstacle: str | None = None  # to copying, where that would be preferred
+
+    def __str__(self) -> str:
+        """As in "the base is …"."""
+        if self.ranks.world_size == 1 and not self.offload:
+            return "whole on every rank"
+        where = f"in shards over {self.ranks.world_size} ranks" + (", in host memory" if self.offload else "")
+        why = "" if self.obstacle is None else f" (copying {self.obstacle})"
+        return f"{where}, " + ("copied from each other" if self.copies else f"gathered by collectives{why}")
 
 
 def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placement:
@@ -52,7 +61,7 @@ def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placem
     with ranks.together():
         if obstacle is not None and gather == "copies":
             raise UserError(f"roles.gather: copies {obstacle}; write auto")
-    return Placement(part, copies=obstacle is None)
+    return Placement(part, copies=obstacle is None, obstacle=obstacle)
 
 
 @dataclass

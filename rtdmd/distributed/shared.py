@@ -25,10 +25,14 @@ from rtdmd.recipe.schema import OptimizerSection
 
 
 class SharedBase(ABC):
-    """A frozen network for ``num_users`` roles; the last one that leaves frees its memory."""
+    """A frozen network for ``num_users`` roles; the last one that leaves frees its memory.
 
-    def __init__(self, module: nn.Module, num_users: int) -> None:
+    ``placement`` says where it is, as in "the base is …".
+    """
+
+    def __init__(self, module: nn.Module, num_users: int, placement: str) -> None:
         self.module = module
+        self.placement = placement
         self._num_users = num_users
 
     @abstractmethod
@@ -57,7 +61,7 @@ class ReplicatedBase(SharedBase):
         network.requires_grad_(False).eval()
         self._engine, *_ = deepspeed.initialize(model=network, config=config)
         self._engine.eval()
-        super().__init__(self._engine.module, num_users)
+        super().__init__(self._engine.module, num_users, "whole on every rank")
 
     def after_backward(self) -> None:
         """Nothing has been gathered."""
@@ -70,8 +74,8 @@ class ReplicatedBase(SharedBase):
 class ShardedBase(SharedBase):
     """In shards over the ranks, gathered block by block."""
 
-    def __init__(self, network: nn.Module, shards: BlockShards, num_users: int) -> None:
-        super().__init__(network, num_users)
+    def __init__(self, network: nn.Module, shards: BlockShards, num_users: int, placement: str) -> None:
+        super().__init__(network, num_users, placement)
         self.shards = shards
 
     def after_backward(self) -> None:

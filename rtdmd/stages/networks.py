@@ -90,16 +90,17 @@ class NetworkBuilder:
         """A transformer for several roles, placed as ``config`` says. Raises UserError as :meth:`network`."""
         if zero_stage(config) != 3:
             return ReplicatedBase(self.network(section, start, config), config, num_users)
+        placement = placement_of(config, self.recipe.roles.gather, self.ranks)
         with self._source(section, start) as (make, source):
             network, shards = build_sharded(
                 make,
                 lambda made: blocks_of(made, self.family.block_lists),
                 source,
                 self.dtype,
-                placement_of(config, self.recipe.roles.gather, self.ranks),
+                placement,
                 self.calls.touch,
             )
-        return ShardedBase(network, shards, num_users)
+        return ShardedBase(network, shards, num_users, str(placement))
 
     @contextmanager
     def _source(

@@ -67,6 +67,7 @@ class Roles:
     generator: Student
     fake_score: Student
     recomputation: AutomaticRecomputation | None = None  # where activation_checkpointing is auto
+    bases: tuple[str, ...] = ()  # a sentence on each shared base
 
     def set_learning_rates(
         self, settings: ColdStartSection | RtdmdSection, step: int, num_steps: int

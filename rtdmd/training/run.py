@@ -78,6 +78,8 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         given = hand_over(name, recipe, run)
     ranks.on_main_first(lambda: _write_recipe(run, recipe))
     stage = build_stage(name, recipe, ranks, calls, given)
+    for sentence in stage.roles.bases:
+        _say(ranks, sentence)
     stage_run = StageRun(
         stage=stage,
         ema=Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=name == "rtdmd"),

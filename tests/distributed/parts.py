@@ -32,6 +32,12 @@ def check_placements(ranks: Ranks, size: int) -> None:
     assert placed("auto", zero_hpz_partition_size=size) == (size, False, True)
     assert placed("copies", zero_hpz_partition_size=size) == (size, False, True)
     assert placed("auto", offload_param={"device": "cpu"}) == (everyone, True, False)
+    found = placement_of({"zero_optimization": {"stage": 3}}, "auto", ranks)
+    assert str(found) == f"in shards over {everyone} ranks, copied from each other"
+    found = Placement(ranks, obstacle="needs GPUs")
+    assert str(found).endswith(
+        "ranks, gathered by collectives (copying needs GPUs with access to each other)"
+    )
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """A run that is stopped and resumed equals the straight run bit for bit, through the real script.
 
-Two ranks, float32, ZeRO-3. Compared are the masters, AdamW's moments and the EMA in the checkpoints,
-the state dicts for others, and every number of metrics.jsonl but the time.
+Two ranks, float32, all roles on one base in shards, as in the recipes for real models. Compared are the
+masters, AdamW's moments and the EMA in the checkpoints, the state dicts for others, and every number of
+metrics.jsonl but the time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ from rtdmd.training.run import is_complete
 from tests.distributed.launch import ROOT, free_port, run_ranks
 
 ITERATIONS, EPOCHS = 4, 2
+ROLES = ("teacher", "generator", "fake_score")
+SEPARATE = (  # as the dry run has them
+    "roles.engines=separate",
+    "roles.teacher.engine=ds_configs/tiny_frozen_zero3.json",
+    *(f"roles.{role}.engine=ds_configs/tiny_zero3.json" for role in ROLES[1:]),
+)
 
 
 def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
@@ -58,6 +65,10 @@ def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
         f"monitor_rewards=[{{name: pickscore, weights: {clip}}}]",
         "rtdmd.monitor_every=1",
         "rtdmd.stop_when=[{metric: monitor/pickscore, drop: 100, window: 1}]",
+        "cold_start.generator.cooldown=0.75",
+        "rtdmd.fake_score.cooldown=1",
+        "roles.engines=shared_base",
+        *(f"roles.{role}.engine=ds_configs/frozen_zero3.json" for role in ROLES),
         *extra,
     ]
 
@@ -98,6 +109,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_flux2: Path, tiny_cl
     run = tmp_path_factory.mktemp("runs") / "straight"
     done = run_ranks(arguments(run, tiny_flux2, tiny_clip), 2)
     assert f"are in {run}" in done[0].stdout.splitlines()[-1]
+    base = "the base of teacher, generator and fake_score is in shards over 2 ranks, copied from each other"
+    assert f"rtdmd: {base}\n" in done[0].stdout and base not in done[1].stdout
     return run
 
 
@@ -244,13 +257,27 @@ def test_stopping_after_any_step(
 
 
 @pytest.mark.slow
-def test_resuming_on_another_number_of_ranks_and_another_zero_stage(
-    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+def test_separate_engines_stopped_and_resumed_equal_straight_ones(
+    tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    """DeepSpeed's ZeRO-3 for each role."""
+    runs = tmp_path / "straight", tmp_path / "resumed"
+    straight, resumed = (arguments(run, tiny_flux2, tiny_clip, *SEPARATE) for run in runs)
+    run_ranks(straight, 2)
+    for more in (["--max-steps", "3"], ["--max-steps", "2"], []):
+        run_ranks([*resumed, *more], 2)
+    assert_same_run(*runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [(), SEPARATE], ids=["shared", "separate"])
+def test_resuming_on_another_number_of_ranks_and_in_another_layout(
+    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path, first: tuple[str, ...]
 ) -> None:
     """Two ranks with ZeRO-3, then one rank with ZeRO-2 and twice the batch: equal to rounding."""
     run = tmp_path / "moved"
-    run_ranks([*arguments(run, tiny_flux2, tiny_clip), "--max-steps", "3"], 2)
-    engines = [f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")]
+    run_ranks([*arguments(run, tiny_flux2, tiny_clip, *first), "--max-steps", "3"], 2)
+    engines = [*SEPARATE[:2], *(f"roles.{role}.engine=ds_configs/zero2.json" for role in ROLES[1:])]
     sizes = ["cold_start.batch_size=4", "rtdmd.sample_batch_size=4"]
     run_ranks([*arguments(run, tiny_flux2, tiny_clip, *engines, *sizes), "--stage", "cold_start"], 1)
     for name in ("generator_ema.pt", "fake_score.pt"):
