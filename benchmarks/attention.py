@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpus import device_seconds
 from rtdmd.distributed.attention import mend_cudnn_backward
 
 SIZES = BATCH, HEADS, LENGTH, WIDTH = 2, 4, 48, 64
@@ -55,16 +56,7 @@ def errors() -> dict[str, list[float]]:
 
 def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
     """Median, after three."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    found = []
-    for number in range(3 + repeats):
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 3:
-            found.append(start.elapsed_time(end))
-    return median(found)
+    return 1e3 * median([device_seconds(run) for _ in range(3 + repeats)][3:])
 
 
 def attend(inputs: Sequence[Tensor]) -> Tensor:

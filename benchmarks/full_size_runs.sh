@@ -26,6 +26,7 @@ short=(--stops ${STOPS:-1 4} "${steps[@]}")
 # 12 pictures in 2 batches of 6, clipscore alone: what the published code was timed with.
 tuning=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]")
 rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
+kept=(rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false)
 
 run() { # NAME arguments of train_step …
   local name=$1 start=$SECONDS code
@@ -53,26 +54,26 @@ for name in "$@"; do
     baseline) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" --baseline ;;
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
-    cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${short[@]}" ;;
     cold_sharded) run "$name" recipes/flux2_4b.yaml roles.gather=collective "${short[@]}" ;;
     cold_copied) run "$name" recipes/flux2_4b.yaml "${short[@]}" ;;
     cold_parts) run "$name" recipes/flux2_4b.yaml $(in_pairs) "${short[@]}" ;;
     cold_zero1) run "$name" recipes/flux2_4b.yaml "${replicated[@]//zero2/zero1}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
     cold_offload) run "$name" recipes/flux2_4b.yaml "${offloaded[@]}" $(recompute full) cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
-    cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) cold_start.micro_batch_size=3 "${short[@]}" ;;
-    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.fake_score_micro_batch_size=1 ;;
-    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.micro_batch_size=3 rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false rtdmd.fake_score_micro_batch_size=1 ;;
+    cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) "${short[@]}" ;;
+    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" rtdmd.reward_backprop.micro_batch_size=3 ;;
+    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" "${kept[@]}" ;;
+    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${kept[@]}" ;;
     nine_sharded) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
-    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" ;;
-    nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload cold_start.micro_batch_size=3 "${short[@]}" ;;
-    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" rtdmd.fake_score_micro_batch_size=1 ;;
+    nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${short[@]}" ;;
+    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" ;;
     sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" --baseline ;;
-    sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) cold_start.micro_batch_size=3 "${short[@]}" ;;
+    sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) "${short[@]}" ;;
     *) failed=1; echo "$name: no such case" >&2 ;;
   esac
 done

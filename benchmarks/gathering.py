@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.gpus import alone
+from benchmarks.gpus import alone, device_seconds
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
-from rtdmd.distributed.peers import obstacle_to_copying, share_memory
+from rtdmd.distributed.peers import copied_pieces, obstacle_to_copying, share_memory
 
 Gather = Callable[[], None]
 PRODUCTS = 8
@@ -36,37 +36,37 @@ class Gathering:
         self._shard = torch.full((size,), ranks.rank + 1, dtype=torch.uint8, device=ranks.device)
         on_gpu = ranks.device.type == "cuda"
         self._streams = [torch.cuda.Stream() for _ in range(ranks.world_size)] if on_gpu else []
-        self._peers: list[Tensor] = []
 
     def ways(self) -> dict[str, Gather]:
         """Collective."""
         found: dict[str, Gather] = {"collective": self._collective}
         if obstacle_to_copying(self._ranks) is None:
-            memory = share_memory(self._shard.numel(), torch.uint8, self._ranks)
-            memory.of_ranks[self._ranks.rank].copy_(self._shard)
-            self._memory = memory  # as long as the peers are read
-            self._peers = memory.of_ranks
+            self._memory = share_memory(self._shard.numel(), torch.uint8, self._ranks)
+            self._memory.of_ranks[self._ranks.rank].copy_(self._shard)
             self._ranks.barrier()
-            found |= {"copies": self._copies, "copies, streams": lambda: self._copies(spread=True)}
+            found |= {"copies": self._copies, "copies, streams": self._copies_on_streams}
         return found
 
     def _collective(self) -> None:
         dist.all_gather_into_tensor(self.whole, self._shard)
 
-    def _copies(self, spread: bool = False) -> None:
-        size = self._shard.numel()
-        for step in range(self._ranks.world_size):
-            rank = (self._ranks.rank + step) % self._ranks.world_size
-            target = self.whole[rank * size : (rank + 1) * size]
-            if spread and self._streams:
-                self._streams[step].wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._streams[step]):
-                    target.copy_(self._peers[rank], non_blocking=True)
-            else:
-                target.copy_(self._peers[rank], non_blocking=True)
-        if spread:
-            for stream in self._streams:
-                torch.cuda.current_stream().wait_stream(stream)
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return copied_pieces(self.whole, self._memory.of_ranks, self._ranks.rank)
+
+    def _copies(self) -> None:
+        for target, piece in self._pieces():
+            target.copy_(piece, non_blocking=True)
+
+    def _copies_on_streams(self) -> None:
+        if not self._streams:
+            self._copies()
+            return
+        for stream, (target, piece) in zip(self._streams, self._pieces(), strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                target.copy_(piece, non_blocking=True)
+        for stream in self._streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def check(self) -> None:
         """Every rank's shard has arrived."""
@@ -103,12 +103,7 @@ class Timer:
         if beside is not None:
             with torch.cuda.stream(self._stream):
                 beside()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return device_seconds(run)
 
     def _on_host(self, run: Callable[[], None]) -> float:
         start = time.perf_counter()
@@ -128,23 +123,24 @@ def measure(ranks: Ranks, options: argparse.Namespace) -> None:
             torch.mm(a, b)
 
     ways = gathering.ways()
-    alone = timer.seconds(compute)
+    undisturbed = timer.seconds(compute)
     received = gathering.whole.numel() * (ranks.world_size - 1) / ranks.world_size
     lines = []
     for name, gather in ways.items():
         seconds = timer.seconds(gather)
         gathering.check()
-        count = max(1, round(2 * alone / seconds))  # so that they outlast the products
+        count = max(1, round(2 * undisturbed / seconds))  # so that they outlast the products
 
         def gather_often(gather: Gather = gather, count: int = count) -> None:
             for _ in range(count):
                 gather()
 
         slowed = timer.seconds(compute, beside=gather_often)
-        lines.append(f"| {name} | {received / seconds / 1e9:.1f} | {slowed / alone:.3f} |")
+        lines.append(f"| {name} | {received / seconds / 1e9:.1f} | {slowed / undisturbed:.3f} |")
     if ranks.is_main:
         device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
-        print(f"{device} x {ranks.world_size}, {options.mib:g} MiB, {PRODUCTS} products alone: {alone:.4f} s")
+        products = f"{PRODUCTS} products alone: {undisturbed:.4f} s"
+        print(f"{device} x {ranks.world_size}, {options.mib:g} MiB, {products}")
         print("| way | GB/s | products beside it, of their time alone |\n|---|---:|---:|", *lines, sep="\n")
 
 

@@ -1,10 +1,10 @@
-"""The GPUs that a process may use, by their names in CUDA_VISIBLE_DEVICES, and having them alone."""
+"""The GPUs that a process may use, by their names in CUDA_VISIBLE_DEVICES; timing one, having them alone."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,16 @@ def visible_gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name]
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def device_seconds(run: Callable[[], object]) -> float:
+    """What the present GPU takes for what ``run`` gives its present stream; waits for it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 @contextmanager

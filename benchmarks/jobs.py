@@ -122,8 +122,9 @@ class Scheduler:
         """Whatever shares a GPU that another job must have alone; let the rest go on."""
         alone = [each for each in self.running if has_marks(self._alone(each.job))]
         claimed = {gpu for each in alone for gpu in each.gpus or self.gpus}
-        for each in self.running:
-            for process, gpus in offspring(each.process.pid) if each.job.shares else ():
+        sharing = [each.process.pid for each in self.running if each.job.shares]
+        if sharing:
+            for process, gpus in offspring(sharing):
                 held = len(gpus) == 1 and gpus[0] in claimed
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGSTOP if held else signal.SIGCONT)
@@ -187,14 +188,21 @@ def has_marks(folder: Path) -> bool:
     return folder.exists() and any(Path("/proc", mark.name).exists() for mark in folder.iterdir())
 
 
-def offspring(first: int) -> Iterator[tuple[int, list[str]]]:
-    """A process and all that it and they have started, with the GPUs that each of them sees."""
+def state_and_parent(process: int) -> tuple[str, int]:
+    """As in ``ps``: Z for a process that has ended. OSError if it isn't there."""
+    text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    state, parent, *_ = text.rsplit(")", 1)[1].split()  # its name, before that, may hold anything
+    return state, int(parent)
+
+
+def offspring(first: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
+    """Processes and all that they and these have started, with the GPUs that each of them sees."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
-            parent = int(folder.joinpath("stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+            _, parent = state_and_parent(int(folder.name))
             children.setdefault(parent, []).append(int(folder.name))
-    waiting = [first]
+    waiting = [*first]
     while waiting:
         process = waiting.pop()
         waiting += children.get(process, [])
@@ -265,11 +273,11 @@ def scheduler_of(out: Path) -> int | None:
     number = int((out / SCHEDULER).read_text(encoding="utf-8"))
     try:
         words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
-        status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+        state, _ = state_and_parent(number)
     except OSError:
         return None
     is_ours = b"benchmarks.jobs" in words and str(out.resolve()).encode() in words
-    return number if is_ours and status != "Z" else None
+    return number if is_ours and state != "Z" else None
 
 
 def last_words(log: Path) -> str:

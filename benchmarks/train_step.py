@@ -47,7 +47,7 @@ from benchmarks.traffic import Sizes, cold_start_passes, communication, rtdmd_pa
 from rtdmd.distributed.collectives import start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.sharding import BlockShards
-from rtdmd.distributed.shared import ShardedBase, SharedNetwork
+from rtdmd.distributed.shared import ShardedBase
 from rtdmd.errors import UserError
 from rtdmd.recipe import load_recipe
 from rtdmd.recipe.checks import find_faults
@@ -200,9 +200,7 @@ def build(bench: Bench) -> Built:
 
 def all_shards(roles: Roles) -> list[BlockShards]:
     """Of shared bases."""
-    networks = [role.engine.network for role in (roles.teacher, roles.generator, roles.fake_score)]
-    bases = {network.base for network in networks if isinstance(network, SharedNetwork)}
-    return [base.shards for base in bases if isinstance(base, ShardedBase)]
+    return [base.shards for base in roles.bases if isinstance(base, ShardedBase)]
 
 
 def step(bench: Bench, built: Built, number: int) -> None:

@@ -121,9 +121,9 @@ class Devices:
 
 
 def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> Iterator[Launch]:
-    """Seed after seed."""
-    for seed in seeds:
-        for variant in variants:
+    """All seeds of a variant, then of the next."""
+    for variant in variants:
+        for seed in seeds:
             yield Launch(variant, seed, out)
 
 
@@ -158,10 +158,9 @@ def train(options: argparse.Namespace) -> None:
 
     jobs: dict[str, Future[None]] = {}
     with ThreadPoolExecutor(len(VARIANTS) * len(options.seeds)) as threads:
-        for variant in chosen(list(VARIANTS.values()), options):
-            for seed in options.seeds:
-                launch = Launch(variant, seed, options.out)
-                jobs[launch.name] = threads.submit(run, launch, jobs.get(f"{variant.start}-{seed}"))
+        for launch in launches(chosen(list(VARIANTS.values()), options), options.seeds, options.out):
+            start = jobs.get(f"{launch.variant.start}-{launch.seed}")
+            jobs[launch.name] = threads.submit(run, launch, start)
         raise_failures(list(jobs.values()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,6 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
+
+
+def copied_pieces(whole: Tensor, peers: Sequence[Tensor], rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of ``whole`` and the peers' shards that belong there; each rank begins with its own."""
+    size = whole.numel() // len(peers)
+    for step in range(len(peers)):
+        peer = (rank + step) % len(peers)
+        yield whole[peer * size : (peer + 1) * size], peers[peer]
 
 
 @dataclass(frozen=True)

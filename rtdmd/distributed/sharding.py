@@ -21,7 +21,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.config import offloads_parameters, partition_size
 from rtdmd.distributed.loading import TensorSource, check_shape, copy_flat, load_buffers, make_empty
-from rtdmd.distributed.peers import PeerMemory, obstacle_to_copying, ranks_of_a_machine, share_memory
+from rtdmd.distributed.peers import (
+    PeerMemory,
+    copied_pieces,
+    obstacle_to_copying,
+    ranks_of_a_machine,
+    share_memory,
+)
 from rtdmd.errors import UserError
 from rtdmd.recipe.schema import Gather
 
@@ -167,10 +173,8 @@ class BlockShards:
             unit.in_flight = None, unit.shard
             return
         if unit.peers:
-            size = unit.shard.numel()
-            for step in range(self._ranks.world_size):  # each begins at another's, its own
-                rank = (self._ranks.rank + step) % self._ranks.world_size
-                unit.whole[rank * size : (rank + 1) * size].copy_(unit.peers[rank], non_blocking=True)
+            for target, piece in copied_pieces(unit.whole, unit.peers, self._ranks.rank):
+                target.copy_(piece, non_blocking=True)
             unit.in_flight = None, unit.shard
             return
         shard = unit.shard.to(self._ranks.device, non_blocking=True)

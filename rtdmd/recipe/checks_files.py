@@ -97,11 +97,8 @@ def _check_copies(report: Report, is_shared: bool, contents: dict[str, dict[str,
 def _check_base_engine(report: Report, key: str, path: str, content: dict[str, Any]) -> None:
     """A shared base is frozen; its adapters are whole on every rank and train without DeepSpeed."""
     zero = content.get("zero_optimization")
-    if _stage(content) in (1, 2):
-        advice = f"a shared base has none; use stage 3 or 0, or add {_SEPARATE}"
-        report.fault(key, path, f"ZeRO stage {_stage(content)} shards optimizer state, and {advice}")
-    else:
-        _check_role_engine(report, key, path, content, frozen=True)
+    advice = f"a shared base has none; use stage 3 or 0, or add {_SEPARATE}"
+    _check_role_engine(report, key, path, content, frozen=True, advice=advice)
     if isinstance(zero, dict) and _offloads(zero, "offload_optimizer"):
         advice = "the adapters on a shared base stay on the GPU; use ds_configs/frozen_zero3_offload.json"
         report.fault(key, path, f"offload_optimizer has nothing to offload: {advice}")
@@ -251,11 +248,18 @@ def _check_engine(report: Report, key: str, path: str, content: dict[str, Any]) 
         report.fault(key, path, f"zero_optimization.stage is {json.dumps(stage)}; write 0, 1, 2 or 3")
 
 
-def _check_role_engine(report: Report, key: str, path: str, content: dict[str, Any], *, frozen: bool) -> None:
-    """What DeepSpeed would refuse only after the weights are loaded."""
+def _check_role_engine(
+    report: Report,
+    key: str,
+    path: str,
+    content: dict[str, Any],
+    *,
+    frozen: bool,
+    advice: str = "a frozen network has none; use stage 3 or 0",
+) -> None:
+    """What DeepSpeed would refuse only after the weights are loaded. ``advice`` is for frozen networks."""
     stage = _stage(content)
     if frozen and stage in (1, 2):
-        advice = "a frozen network has none; use stage 3 or 0"
         report.fault(key, path, f"ZeRO stage {stage} shards optimizer state, and {advice}")
     zero = content.get("zero_optimization")
     if not isinstance(zero, dict):
@@ -264,8 +268,8 @@ def _check_role_engine(report: Report, key: str, path: str, content: dict[str, A
         report.fault(key, path, f"offload_param needs ZeRO stage 3, the file has {stage}")
     forces_cpu_adam = content.get("zero_force_ds_cpu_optimizer", True)
     if not frozen and forces_cpu_adam and _offloads(zero, "offload_optimizer"):
-        advice = 'needs "zero_force_ds_cpu_optimizer": false at top level'
-        report.fault(key, path, f"offload_optimizer with torch's AdamW {advice}")
+        needs = 'needs "zero_force_ds_cpu_optimizer": false at top level'
+        report.fault(key, path, f"offload_optimizer with torch's AdamW {needs}")
 
 
 def _stage(content: dict[str, Any]) -> Any:

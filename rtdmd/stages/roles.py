@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rtdmd.distributed.engine import FrozenEngine, TrainedEngine
+from rtdmd.distributed.shared import SharedBase, SharedNetwork
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 from rtdmd.recipe.schema import ColdStartSection, OptimizerSection, RtdmdSection
@@ -67,7 +68,15 @@ class Roles:
     generator: Student
     fake_score: Student
     recomputation: AutomaticRecomputation | None = None  # where activation_checkpointing is auto
-    bases: tuple[str, ...] = ()  # a sentence on each shared base
+
+    @property
+    def bases(self) -> dict[SharedBase, list[str]]:
+        """Shared bases with the names of the roles on them."""
+        found: dict[SharedBase, list[str]] = {}
+        for role in (self.teacher, self.generator, self.fake_score):
+            if isinstance(role.engine.network, SharedNetwork):
+                found.setdefault(role.engine.network.base, []).append(role.engine.name)
+        return found
 
     def set_learning_rates(
         self, settings: ColdStartSection | RtdmdSection, step: int, num_steps: int

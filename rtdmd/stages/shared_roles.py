@@ -61,12 +61,8 @@ def shared_roles(
         occupant("fake_score", roles.fake_score, settings.fake_score, hand_over.fake_score),
     ]
     engines: dict[str, FrozenEngine] = {}
-    bases = []
     for group in _groups(builder, occupants):
-        found, placement = _on_one_base(builder, group)
-        engines |= found
-        names = " and ".join(", ".join(found).rsplit(", ", 1))
-        bases.append(f"the base of {names} is {placement}")
+        engines |= _on_one_base(builder, group)
     generator, fake_score = engines["generator"], engines["fake_score"]
     assert isinstance(generator, TrainedEngine) and isinstance(fake_score, TrainedEngine)
     return Roles(
@@ -74,7 +70,6 @@ def shared_roles(
         Student(generator, builder.family),
         Student(fake_score, builder.family),
         builder.automatic,
-        tuple(bases),
     )
 
 
@@ -88,8 +83,8 @@ def _groups(builder: NetworkBuilder, occupants: Sequence[_Occupant]) -> list[lis
     return list(groups.values())
 
 
-def _on_one_base(builder: NetworkBuilder, group: Sequence[_Occupant]) -> tuple[dict[str, FrozenEngine], str]:
-    """Load and place the base, then attach the adapters of all its roles; their engines, and where it is.
+def _on_one_base(builder: NetworkBuilder, group: Sequence[_Occupant]) -> dict[str, FrozenEngine]:
+    """Load and place the base, then attach the adapters of all its roles.
 
     What an earlier stage trained differs between roles: their adapters stay unmerged and frozen beneath the
     trainable ones. Full weights, and the adapter of a role that is alone on its base, are merged.
@@ -140,7 +135,7 @@ def _on_one_base(builder: NetworkBuilder, group: Sequence[_Occupant]) -> tuple[d
                 each.optimizer,
                 builder.dtype,
             )
-    return engines, base.placement
+    return engines
 
 
 def _put_beneath(

@@ -78,8 +78,8 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         given = hand_over(name, recipe, run)
     ranks.on_main_first(lambda: _write_recipe(run, recipe))
     stage = build_stage(name, recipe, ranks, calls, given)
-    for sentence in stage.roles.bases:
-        _say(ranks, sentence)
+    for base, names in stage.roles.bases.items():
+        _say(ranks, f"the base of {' and '.join(', '.join(names).rsplit(', ', 1))} is {base.placement}")
     stage_run = StageRun(
         stage=stage,
         ema=Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=name == "rtdmd"),
