@@ -65,12 +65,17 @@ class Judges:
 
     @torch.no_grad()
     def score(self, images: Tensor) -> dict[str, list[float]]:
-        """The judge's verdict (0 or 1) and both CLIPs' rewards of pictures [N, 3, 64, 64], one a caption."""
-        verdicts = outcomes.judge(images, self.captions)
+        """The judge's verdict (0 or 1) and both CLIPs' rewards of pictures [S·N, 3, 64, 64].
+
+        They show the N captions, in order, S times.
+        """
+        times = len(images) // len(self.captions)
+        verdicts = outcomes.judge(images, self.captions * times)
         found = {"accuracy": [float(verdict.correct) for verdict in verdicts]}
         for name, encoder in (("clip", self.reward), ("monitor_clip", self.monitor)):
             pictures = features(encoder, images, self.references.device)
-            scores = (pictures * encoder.text_features(self.prompts)).sum(-1) * encoder.logit_scale / 100
+            texts = encoder.text_features(self.prompts).repeat(times, 1)
+            scores = (pictures * texts).sum(-1) * encoder.logit_scale / 100
             found[name] = scores.tolist()
         return found
 
@@ -78,7 +83,7 @@ class Judges:
         """Means of :meth:`score`, accuracy by kind, and how the pictures are distributed."""
         scores = self.score(images)
         found = {name: sum(values) / len(values) for name, values in scores.items()}
-        kinds = [caption.kind for caption in self.captions]
+        kinds = [caption.kind for caption in self.captions] * (len(images) // len(self.captions))
         found |= {
             f"accuracy/{kind}": float(values.mean())
             for kind, values in sorted(by_stratum(scores["accuracy"], kinds).items())
@@ -109,8 +114,9 @@ def generator_sampler(painter: Painter) -> Sampler:
     return Sampler(painter.few.sigmas, painter.few.eta)
 
 
-def paint(painter: Painter, prompts: Sequence[str], sampler: Sampler, seed: int = 0) -> Tensor:
-    return outcomes.paint_many(painter.family, painter.network, prompts, sampler, seed=seed)
+def paint(painter: Painter, prompts: Sequence[str], sampler: Sampler, pictures: int = 1) -> Tensor:
+    """So many pictures of each prompt, with seeds from 0: those of the first seed come first."""
+    return outcomes.paint_many(painter.family, painter.network, prompts, sampler, seeds=range(pictures))
 
 
 def main() -> None:
@@ -121,6 +127,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=float, nargs=2, metavar=("STEPS", "GUIDANCE"))
     parser.add_argument("--to", type=Path, help="write the numbers here too")
     parser.add_argument("--count", type=int, default=COUNT, help="held-out captions")
+    parser.add_argument("--pictures", type=int, default=1, help="of each caption, from noise of their own")
     options = parser.parse_args()
     device = pick_device(None)
     if options.teacher:
@@ -132,7 +139,7 @@ def main() -> None:
         painter = build_painter(recipe, SampleOptions(run=options.source), device)
         sampler = generator_sampler(painter)
     judges = Judges.load("test", options.count, device)
-    found = judges.measure(paint(painter, judges.prompts, sampler))
+    found = judges.measure(paint(painter, judges.prompts, sampler, options.pictures))
     print(json.dumps(found, indent=2))
     if options.to:
         options.to.parent.mkdir(parents=True, exist_ok=True)

@@ -40,20 +40,20 @@ def paint_many(
     prompts: Sequence[str],
     sampler: Sampler,
     *,
-    seed: int,
+    seeds: Sequence[int] = (0,),
     chunk: int = 256,
 ) -> Tensor:
-    """Pictures [N, 3, 64, 64] in [0, 1], float32, in batches of ``chunk``.
+    """Pictures [S·N, 3, 64, 64] in [0, 1], float32, of all prompts with each seed, ``chunk`` at a time.
 
     Noise is a function of (seed, prompt), the one that ``rtdmd sample`` and ``rtdmd evaluate`` draw, so that
     they paint the same pictures.
     """
     unconditional = family.encode_prompts([""])
     device = next(iter(unconditional.tensors.values())).device
-    draws, shape = Draws(seed, "sample"), family.latent_shape(SIZE, SIZE)
+    shape = family.latent_shape(SIZE, SIZE)
 
-    def paint(chosen: Sequence[str]) -> Tensor:
-        text = family.encode_prompts(chosen)
+    def paint(chosen: Sequence[str], seed: int) -> Tensor:
+        text, draws = family.encode_prompts(chosen), Draws(seed, "sample")
         initial = draws.normal(0, "initial", chosen, shape, device)
 
         def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
@@ -67,7 +67,8 @@ def paint_many(
 
         return family.decode(rollout(velocity, initial, sampler.sigmas, sampler.eta, step_noise).final)
 
-    return torch.cat([paint(prompts[start : start + chunk]) for start in range(0, len(prompts), chunk)])
+    starts = range(0, len(prompts), chunk)
+    return torch.cat([paint(prompts[start : start + chunk], seed) for seed in seeds for start in starts])
 
 
 def judge(images: Tensor, captions: Sequence[Caption]) -> list[Verdict]:

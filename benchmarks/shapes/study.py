@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,8 @@ from benchmarks.gpus import visible_gpus
 from benchmarks.shapes.report import TEACHERS
 
 RECIPE = "recipes/shapes.yaml"
-FIRST_PORT = 29700
+PICTURES = 4  # of each held-out caption
+MEASUREMENTS = ("outcomes", "variance", "tracking")
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,29 @@ class Launch:
         return [sys.executable, "train_ds.py", RECIPE, "--stage", stage, *overrides, *extra]
 
 
+def free_port() -> int:
+    """One that nobody listens on, so that other studies may run beside this one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 class Devices:
-    """Places for processes: each is a GPU (None: the CPU) and a port of its own."""
+    """Places for processes: each is a GPU, or the CPU (None)."""
 
     def __init__(self, parallel: int) -> None:
         gpus: list[str | None] = [*visible_gpus()] or [None]
-        self._free: Queue[tuple[str | None, int]] = Queue()
-        for number in range(parallel * len(gpus)):
-            self._free.put((gpus[number % len(gpus)], FIRST_PORT + number))
+        self._free: Queue[str | None] = Queue()
+        for gpu in gpus * parallel:
+            self._free.put(gpu)
         self.count = parallel * len(gpus)
 
     def run(self, command: Sequence[str], log: Path) -> float:
         """Run a command on a free place, waiting for one; the seconds it took. RuntimeError if it fails."""
-        place = self._free.get()
-        gpu, port = place
+        gpu = self._free.get()
         environment = os.environ | {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
             "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
         }  # fmt: skip
         environment |= {"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
@@ -114,7 +122,7 @@ class Devices:
                     command, env=environment, stdout=file, stderr=subprocess.STDOUT
                 ).returncode
         finally:
-            self._free.put(place)
+            self._free.put(gpu)
         if code != 0:
             raise RuntimeError(f"{log}: exit code {code}")
         return time.perf_counter() - start
@@ -168,11 +176,12 @@ def measure(options: argparse.Namespace) -> None:
     """Outcomes of the teacher and all runs, mechanisms of cold starts, a process each, into JSON files."""
     devices = Devices(options.parallel)
     jobs: dict[str, list[str]] = {}
+    pictures = ["--pictures", str(PICTURES)]
     for name, sampler in TEACHERS.items():
         setting = [str(len(sampler.sigmas)), str(sampler.guidance_scale)]
-        jobs[f"outcomes-{name}"] = ["measure", RECIPE, "--teacher", *setting]
+        jobs[f"outcomes-{name}"] = ["measure", RECIPE, "--teacher", *setting, *pictures]
     for launch in launches(chosen((*COLD_STARTS, *TUNINGS), options), options.seeds, options.out):
-        jobs[f"outcomes-{launch.name}"] = ["measure", str(launch.folder)]
+        jobs[f"outcomes-{launch.name}"] = ["measure", str(launch.folder), *pictures]
     for launch in launches(chosen(COLD_STARTS[:1], options), options.seeds, options.out):
         jobs[f"variance-{launch.name}"] = ["mechanisms", "variance", str(launch.folder)]
     for launch in launches(chosen(COLD_STARTS[:2], options), options.seeds, options.out):
@@ -180,7 +189,7 @@ def measure(options: argparse.Namespace) -> None:
 
     def run(name: str, job: list[str]) -> None:
         target = options.out / "measured" / f"{name}.json"
-        if target.exists():
+        if target.exists() or name.partition("-")[0] not in options.measurements:
             return
         module, *arguments = job
         command = [sys.executable, "-m", f"benchmarks.shapes.{module}", *arguments, "--to", str(target)]
@@ -201,6 +210,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=4, help="processes at a time on each GPU")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants alone")
+    parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
     options = parser.parse_intermixed_args()
     {"train": train, "measure": measure}[options.action](options)
 

@@ -37,9 +37,10 @@ from rtdmd.training.run import hand_over
 class Sweep:
     """A setting's two stages, with a limit of seconds each."""
 
-    def __init__(self, name: str, recipe: Recipe, ranks: Ranks, captions: int, every: float) -> None:
-        self._name, self._recipe, self._ranks, self._every = name, recipe, ranks, every
-        self._judges = Judges.load("validation", captions, ranks.device)
+    def __init__(self, name: str, recipe: Recipe, ranks: Ranks, measuring: argparse.Namespace) -> None:
+        self._name, self._recipe, self._ranks = name, recipe, ranks
+        self._every, self._seeds = measuring.every, range(measuring.pictures)
+        self._judges = Judges.load("validation", measuring.captions, ranks.device)
 
     def run(self, stage_name: str, hand_over: HandOver, seconds: float, folder: Path) -> HandOver:
         """Train for ``seconds``, or as long as the recipe says; what the stage leaves."""
@@ -76,7 +77,7 @@ class Sweep:
                 engine,
                 self._judges.prompts,
                 Sampler(stage.few.sigmas, stage.few.eta),
-                seed=0,
+                seeds=self._seeds,
             )
         found = {key: round(value, 4) for key, value in self._judges.measure(images).items()}
         record = {"name": self._name, "stage": stage.name, "step": step, "seconds": round(seconds, 1)} | found
@@ -95,6 +96,7 @@ def main() -> None:
         "--seconds", type=float, nargs=2, default=[math.inf, math.inf], help="of either stage"
     )
     parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--pictures", type=int, default=1, help="of each caption")
     parser.add_argument("--keep", type=Path, help="folder for the stages' state dicts")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between measurements")
     options = parser.parse_intermixed_args()
@@ -102,7 +104,7 @@ def main() -> None:
         os.environ.setdefault(key, value)
     recipe, stages = load_checked(options.recipe, options.overrides, world_size=1, stage=options.stage)
     ranks = start_ranks(3600)
-    sweep = Sweep(options.name, recipe, ranks, options.captions, options.every)
+    sweep = Sweep(options.name, recipe, ranks, options)
     left = hand_over(stages[0], recipe, Path(recipe.output) / recipe.name)
     seconds = dict(zip(("cold_start", "rtdmd"), options.seconds, strict=True))
     with tempfile.TemporaryDirectory() as made:

@@ -205,7 +205,7 @@ def measure_pipeline(plan: Plan, drawn: Drawn) -> dict[str, object]:
         for steps in plan.measured_steps:
             for guidance in (1.0, 2.0, 3.0, 4.0):
                 sampler = outcomes.euler(steps, guidance)
-                painted = outcomes.paint_many(family, network, prompts, sampler, seed=plan.seed)
+                painted = outcomes.paint_many(family, network, prompts, sampler, seeds=[plan.seed])
                 found = outcomes.accuracy(outcomes.judge(painted, held_out), held_out)
                 measured[f"{split}, {steps} steps, guidance {guidance:g}"] = found
                 print(split, steps, guidance, found, flush=True)

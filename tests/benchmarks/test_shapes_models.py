@@ -77,7 +77,7 @@ def test_the_teacher_paints_what_is_asked_for(family: Flux2Family, network: torc
     prompts = [caption.text for caption in captions]
 
     def right(steps: int, guidance: float) -> int:
-        images = paint_many(family, network, prompts, euler(steps, guidance), seed=3)
+        images = paint_many(family, network, prompts, euler(steps, guidance), seeds=[3])
         return sum(verdict.correct for verdict in judge(images, captions))
 
     assert right(10, 2.5) >= 19
@@ -87,9 +87,10 @@ def test_the_teacher_paints_what_is_asked_for(family: Flux2Family, network: torc
 def test_pictures_depend_on_their_prompt_alone(family: Flux2Family, network: torch.nn.Module) -> None:
     prompts = ["a red circle", "two small blue squares", "a green cross"]
     sampler = outcomes.Sampler([1.0, 0.6], 0.9)
-    whole = paint_many(family, network, prompts, sampler, seed=1)
-    parts = paint_many(family, network, prompts, sampler, seed=1, chunk=2)
-    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
+    whole = paint_many(family, network, prompts, sampler, seeds=[1])
+    parts = paint_many(family, network, prompts, sampler, seeds=[0, 1], chunk=2)
+    torch.testing.assert_close(whole, parts[3:], atol=1e-4, rtol=0)
+    assert (whole - parts[:3]).abs().max() > 0.1
 
 
 def test_the_stock_pipeline_paints(family: Flux2Family) -> None:
@@ -136,6 +137,7 @@ def test_judges_score_true_pictures_well(others: Drawn) -> None:
     images = to_unit(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     found = judges.measure(images)
     assert found["accuracy"] == 1.0
+    assert judges.measure(images.repeat(2, 1, 1, 1))["clip"] == pytest.approx(found["clip"])  # each twice
     shifted = Judges(captions[1:] + captions[:1], judges.reward, judges.monitor, judges.references)
     wrong = shifted.measure(images)
     assert wrong["accuracy"] < 0.2
@@ -151,7 +153,7 @@ def test_rtdmd_evaluate_measures_the_same(
     sigmas = family.sigmas(recipe.schedule.timesteps, 64, 64)
     shifted = sd3_sigmas([step / 1000 for step in recipe.schedule.timesteps], recipe.schedule.shift)
     assert sigmas != shifted  # the fixture's family has no shift of its own
-    images = paint_many(family, network, judges.prompts, outcomes.Sampler(shifted, 0.9), seed=0)
+    images = paint_many(family, network, judges.prompts, outcomes.Sampler(shifted, 0.9))
     expected = judges.score(images)
     rows = [json.dumps(caption.metadata) for caption in judges.captions]
     (tmp_path / "test.jsonl").write_text("\n".join(rows), encoding="utf-8")
