@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a run's folder; a recipe for its teacher")
     parser.add_argument("--teacher", type=float, nargs=2, metavar=("STEPS", "GUIDANCE"))
     parser.add_argument("--to", type=Path, help="write the numbers here too")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the captions")
     parser.add_argument("--count", type=int, default=COUNT, help="held-out captions")
     parser.add_argument("--pictures", type=int, default=1, help="of each caption, from noise of their own")
     options = parser.parse_args()
@@ -138,7 +139,7 @@ def main() -> None:
         recipe = load_for_sampling(str(options.source / "recipe.yaml"), [])
         painter = build_painter(recipe, SampleOptions(run=options.source), device)
         sampler = generator_sampler(painter)
-    judges = Judges.load("test", options.count, device)
+    judges = Judges.load(options.split, options.count, device)
     found = judges.measure(paint(painter, judges.prompts, sampler, options.pictures))
     print(json.dumps(found, indent=2))
     if options.to:

@@ -176,7 +176,8 @@ def measure(options: argparse.Namespace) -> None:
     """Outcomes of the teacher and all runs, mechanisms of cold starts, a process each, into JSON files."""
     devices = Devices(options.parallel)
     jobs: dict[str, list[str]] = {}
-    pictures = ["--pictures", str(PICTURES)]
+    folder = options.out / ("measured" if options.split == "test" else f"measured_{options.split}")
+    pictures = ["--pictures", str(PICTURES), "--split", options.split]
     for name, sampler in TEACHERS.items():
         setting = [str(len(sampler.sigmas)), str(sampler.guidance_scale)]
         jobs[f"outcomes-{name}"] = ["measure", RECIPE, "--teacher", *setting, *pictures]
@@ -188,7 +189,7 @@ def measure(options: argparse.Namespace) -> None:
         jobs[f"tracking-{launch.name}"] = ["mechanisms", "tracking", str(launch.folder)]
 
     def run(name: str, job: list[str]) -> None:
-        target = options.out / "measured" / f"{name}.json"
+        target = folder / f"{name}.json"
         if target.exists() or name.partition("-")[0] not in options.measurements:
             return
         module, *arguments = job
@@ -211,6 +212,9 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=4, help="processes at a time on each GPU")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants alone")
     parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="to choose by, or report"
+    )
     options = parser.parse_intermixed_args()
     {"train": train, "measure": measure}[options.action](options)
 
