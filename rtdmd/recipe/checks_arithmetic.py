@@ -75,7 +75,12 @@ def _check_micro_batches(report: Report, recipe: Recipe) -> None:
 
 
 def _noisiest_stop(recipe: Recipe) -> float:
-    """The highest sigma at which a rollout of stage 1 can stop: the one after its first step."""
+    """The highest sigma at which a rollout of stage 1 can stop: the one after its first step.
+
+    0 without sub-intervals, where each rollout ends at a clean picture.
+    """
+    if not recipe.cold_start.sub_interval:
+        return 0.0
     family_sigmas = FAMILY_SIGMAS.get(recipe.model.family)
     timesteps, shift = recipe.schedule.timesteps, recipe.schedule.shift
     is_usable = all(0 < step <= 1000 for step in timesteps) and (shift is None or shift > 0)

@@ -261,8 +261,9 @@ def _check_backprop(
 ) -> None:
     section = recipe.rtdmd.reward_backprop
     key = "rtdmd.reward_backprop.rewards"
-    usable = [name for name in names if differentiable.get(name)]
-    advice = f"choose from {usable}" if usable else "no reward of the recipe has a gradient"
+    logged = [reward.name for reward in recipe.rewards if reward.weight == 0]
+    usable = [name for name in names if differentiable.get(name) and name not in logged]
+    advice = f"choose from {usable}" if usable else "no reward that is trained on has a gradient"
     for index, name in enumerate(section.rewards or []):
         if name not in names:
             close = nearest_hint(name, names) if names else ""
@@ -275,7 +276,9 @@ def _check_backprop(
                 "a reward at a url has no gradient" if at_url else "this reward has no gradient to the image"
             )
             report.fault(f"{key}.{index}", name, f"{why}; {advice}")
-    if not runs_rtdmd or section.weight <= 0:
+        elif name in logged:
+            report.fault(f"{key}.{index}", name, f"its weight is 0, so that it is only logged; {advice}")
+    if not runs_rtdmd or section.weight <= 0 or len(logged) == len(names):
         return
     if section.rewards == [] or (
         section.rewards is None and not any(name in usable for name in DEFAULT_BACKPROP_REWARDS)

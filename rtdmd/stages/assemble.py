@@ -156,7 +156,7 @@ def _build_panel(
     recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallLog, loaders: Loaders
 ) -> RewardPanel:
     backprop = recipe.rtdmd.reward_backprop
-    names = [reward.name for reward in recipe.rewards]
+    names = [reward.name for reward in recipe.rewards if reward.weight > 0]
     chosen: Sequence[str] = backprop.rewards or [name for name in DEFAULT_BACKPROP_REWARDS if name in names]
     if backprop.weight == 0:
         chosen = []

@@ -67,3 +67,7 @@ class Weighted:
     advantages: Tensor
     weights: Tensor
     share: Tensor
+
+    def shared(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted means of this rank, each as its part of the one over all ranks."""
+        return {name: mean * self.share for name, mean in means.items()}

@@ -264,14 +264,12 @@ class Rtdmd:
         # Against the rollout's log-probability, whichever one the loss uses: with `training` the ratio is 1.
         drift = (log_prob.detach() - rolled).abs()
         clipped = (drift.exp() - 1 > settings.clip_range).float()
-        means.add(
-            "policy",
-            {
-                "loss": loss,
-                "clip_fraction": weighted_mean(clipped, micro.weights),
-                "rollout_difference": weighted_mean(drift, micro.weights),
-            },
-        )
+        found = {
+            "loss": loss,
+            "clip_fraction": weighted_mean(clipped, micro.weights),
+            "rollout_difference": weighted_mean(drift, micro.weights),
+        }
+        means.add("policy", micro.shared(found))
         return loss
 
     def _last_step_term(self, epoch: int, micro: Weighted, means: Means) -> Tensor:
@@ -291,10 +289,10 @@ class Rtdmd:
             Samples(x0, 0.0, epoch, record.indices),
             micro.weights,
         )
-        means.add("generator", {"distribution_matching": matching})
+        means.add("generator", micro.shared({"distribution_matching": matching}))
         loss = settings.distribution_matching_weight * matching
         if record.pull is not None:
             hinge, parts = record.pull.on(x0, micro.weights)
-            means.add("generator", parts)
+            means.add("generator", micro.shared(parts))
             loss = loss + settings.reward_backprop.weight * hinge
         return loss

@@ -46,8 +46,8 @@ class RewardPull:
         gradient = torch.where(counts[:, None, None, None], self.gradient.to(x0.device), 0.0)
         loss = weighted_mean(losses, weights)
         carried = weighted_mean((x0 * gradient).flatten(1).sum(1), weights)
-        exceeding = ((losses == 0) & counts).sum() / counts.sum().clamp(min=1)
-        return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": 1 - exceeding}
+        active = (losses > 0).sum() / counts.sum().clamp(min=1)
+        return loss + carried - carried.detach(), {"hinge": loss, "hinge_active": active}
 
 
 @dataclass(frozen=True)

@@ -205,30 +205,31 @@ def reference_cold_start(
 ) -> Outcome:
     """Stage 1 on the global batch."""
     plain = Reference(recipe, "cold_start", world_size, device)
-    draws, levels, settings = plain.draws, plain.levels, plain.settings
+    draws, settings, num_steps = plain.draws, plain.settings, len(plain.levels) - 1
     count = settings.batch_size * world_size
     indices = list(range(count))
     order = ShuffledPrompts(len(plain.prompts), recipe.seed, "cold_start")
 
-    def final_state(step: int, purpose: str, stop: int, text: Any, grad: bool) -> Tensor:
+    def final_state(step: int, purpose: str, stop: int, text: Any, grad: bool) -> tuple[Tensor, float]:
+        levels = plain.levels if settings.sub_interval else [*plain.levels[:stop], 0.0]
         x = draws.normal(step, f"{purpose}/initial", indices, plain.shape)
         for i in range(stop):
             with torch.set_grad_enabled(grad and i == stop - 1):
                 v = plain.generator.velocity(x, levels[i], text)
                 noise = draws.normal(step, f"{purpose}/transition{i}", indices, plain.shape)
                 x = flow.cps_step(x, v, levels[i], levels[i + 1], plain.eta, noise)
-        return x
+        return x, levels[stop]
 
     for step in range(iterations):
         chosen = [plain.prompts.prompts[order.index(step * count + i)] for i in indices]
         text = plain.family.encode_prompts(chosen)
-        stop = draws.integer(step, "fake/stop", 1, len(levels) - 1)
-        x_s = final_state(step, "fake", stop, text, grad=False)
-        plain.fake.update(plain.fake_loss(step, indices, x_s, levels[stop], text), step, iterations)
+        stop = draws.integer(step, "fake/stop", 1, num_steps)
+        x_s, s = final_state(step, "fake", stop, text, grad=False)
+        plain.fake.update(plain.fake_loss(step, indices, x_s, s, text), step, iterations)
         if (step + 1) % settings.generator_every == 0:
-            stop = draws.integer(step, "generator/stop", 1, len(levels) - 1)
-            x_s = final_state(step, "generator", stop, text, grad=True)
-            loss = plain.matching_loss(step, indices, x_s, levels[stop], text)
+            stop = draws.integer(step, "generator/stop", 1, num_steps)
+            x_s, s = final_state(step, "generator", stop, text, grad=True)
+            loss = plain.matching_loss(step, indices, x_s, s, text)
             plain.generator.update(loss, step, iterations)
     return plain.outcome
 

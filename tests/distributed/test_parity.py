@@ -96,6 +96,7 @@ CASES = [
     Case("cold_start", extra=PLAIN_LAYOUT),
     Case("rtdmd", extra=PLAIN_LAYOUT),
     Case("cold_start", extra=SELECTIVE),
+    Case("cold_start", extra=("cold_start.sub_interval=false", "seed=1")),  # the generator stops at 4, twice
     Case("rtdmd", steps=1, extra=MATCHING),
     Case("rtdmd", steps=1, extra=HINGE),
     Case("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),

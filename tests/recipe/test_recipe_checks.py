@@ -139,16 +139,20 @@ def test_the_documented_example_is_sound(write_recipe: Write) -> None:
             "a request may take 1800 s, and the run is taken for stuck after timeout_seconds = 1800",
         ),
         ("rewards.0.token_file=/nowhere", "goes with a url; leave it out"),
-        ("rewards.0.url=http://127.0.0.1:8123", "no reward of the recipe has a gradient"),
+        ("rewards.0.url=http://127.0.0.1:8123", "no reward that is trained on has a gradient"),
         ("reward_workers=-1", "write 0 or more"),
         ("rewards.0.clip=[1]", "rewards.0.clip = [1]: write [low, high]"),
         ("rewards.0.clip=[1,1]", "write [low, high] with low < high"),
         ("rtdmd.reward_backprop.statistics_decay=1", "write a number in [0, 1)"),
         ("rewards.0.weight=0", "at least one reward with a weight above 0"),
+        (
+            "rewards=[{name: clipscore, weight: 0}, {name: compressibility}]",
+            "no reward that is trained on has a gradient",
+        ),
         ("rtdmd.reward_backprop.rewards=[pickscore]", "not among the recipe's rewards"),
         ("rtdmd.reward_backprop.rewards=[clipscore,clipscore]", "named twice"),
         ("rtdmd.reward_backprop.rewards=[]", "choose from ['clipscore'], or set that weight to 0"),
-        ("rewards=[{name: compressibility}]", "no reward of the recipe has a gradient"),
+        ("rewards=[{name: compressibility}]", "no reward that is trained on has a gradient"),
         ("rewards=[{name: clipscore},{name: compressibility, weights: a/b}]", "has no weights"),
         (
             "rewards=[{name: clipscore},{name: compressibility, mode: official}]",
@@ -168,6 +172,9 @@ def test_a_reward_without_gradient_cannot_be_back_propagated(write_recipe: Write
     remote = "rewards=[{name: clipscore},{name: pickscore, url: 'http://127.0.0.1:8123', weights: a/b}]"
     line = the_fault(write_recipe(), remote, "rtdmd.reward_backprop.rewards=[pickscore]")
     assert "a reward at a url has no gradient; choose from ['clipscore']" in line
+    logged = "rewards=[{name: clipscore, weight: 0},{name: pickscore, weights: a/b}]"
+    line = the_fault(write_recipe(), logged, "rtdmd.reward_backprop.rewards=[clipscore]")
+    assert "its weight is 0, so that it is only logged; choose from ['pickscore']" in line
     check(write_recipe(), remote)
 
 
@@ -234,6 +241,7 @@ def test_no_room_between_the_noisiest_stop_and_the_end(write_recipe: Write) -> N
     check(write_recipe(), "cold_start.min_interval_timesteps=21")
     line = the_fault(write_recipe(), "cold_start.min_interval_timesteps=25")
     assert "stop at sigma 0.9581" in line and "write at most 21, " in line
+    check(write_recipe(), "cold_start.min_interval_timesteps=25", "cold_start.sub_interval=false")
     # SD3: 3·0.75/(1 + 2·0.75) = 0.9; a shift of 1 leaves 0.75.
     sd3 = ("model.family=sd3", "cold_start.timestep_range=[20, 800]")
     assert "sigma 0.9000" in the_fault(write_recipe(), *sd3)
