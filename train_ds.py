@@ -1,17 +1,21 @@
 """Train a few-step generator:  deepspeed train_ds.py RECIPE [key=value …] [--stage STAGE]
 
 Loads and checks the recipe, builds its stages and runs them, resuming where an earlier launch was
-left. Exit codes: 0 done, 2 something in the recipe or its files is wrong, 3 stopped to protect the
-run (non-finite numbers, diverging ranks), 4 ranks waiting for each other, 75 interrupted and saved.
+left. Exit codes: 0 done, 1 anything unforeseen, or a full disk, 2 something in the recipe or its files
+is wrong, 3 stopped to protect the run (non-finite numbers, diverging ranks), 4 ranks waiting for each
+other, 75 interrupted, everything there is to save is saved.
 """
 
 import argparse
 import os
+import socket
 import sys
 import traceback
 
 from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.processes import environment_world_size
 from rtdmd.recipe import Recipe, load_checked
+from rtdmd.termination import leave_on_signals
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,7 +32,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    leave_on_signals()
     arguments = parse_arguments()
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        print(f"rtdmd: --max-steps {arguments.max_steps}: give at least 1", file=sys.stderr)
+        return 2
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     is_main = os.environ.get("RANK", "0") == "0"
@@ -36,13 +44,15 @@ def main() -> int:
     if not is_main:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # one rank's bars are enough
     try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = environment_world_size()
         recipe, stages = load_checked(
             arguments.recipe, arguments.overrides, world_size=world_size, stage=arguments.stage
         )
     except UserError as error:
         if is_main:
             print(f"rtdmd: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK") == "0":  # other machines may lack what rank 0's has
+            print(f"rtdmd (rank {os.environ['RANK']}, {socket.gethostname()}): {error}", file=sys.stderr)
         return 2
     return run(recipe, stages, arguments.max_steps, is_main)
 
@@ -58,8 +68,10 @@ def run(recipe: Recipe, stages: list[str], max_steps: int | None, is_main: bool)
         code, report = 2, f"{who}: {error}"
     except TrainingHalted as error:
         code, report = 3, f"{who}: {error}"
-    except Exception:
-        code, report = 1, f"{who}: {traceback.format_exc()}"
+    except Exception as error:
+        full = "No space left on device" in str(error)  # of OSError, safetensors' and torch's own
+        told = f"{error}; free some and start the same command again" if full else traceback.format_exc()
+        code, report = 1, f"{who}: {told}"
     print(report, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

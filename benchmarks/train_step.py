@@ -279,7 +279,7 @@ def bench_save(bench: Bench, built: Built, *, folder: Path) -> dict[str, Any]:
     store = CheckpointStore(folder / "run" / stage.name / "checkpoints", bench.ranks, keep=1)
     previews = Previews([], stage.texts, stage.family, stage.few, 0, bench.ranks)
     run = StageRun(
-        stage, built.ema, store, previews, None, bench.recipe, bench.ranks, folder / "run", StopRules([])
+        stage, built.ema, store, previews, None, bench.recipe, bench.ranks, folder / "run", StopRules([]), {}
     )
     bench.ranks.barrier()
     bench.synchronize()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rtdmd import __version__
 from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.processes import environment_world_size
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Exit codes: 0 fine, 2 a mistake of the user's, 3 training stopped itself."""
+    """Run a subcommand. Exit codes: 0 fine, 2 the user's mistake, 3 training stopped itself, 130 Ctrl-C."""
     commands = "\n".join(f"  {name:<15}{command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="rtdmd",
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(command_parser)
     # Intermixed, so that options may stand between recipes and overrides.
     arguments = command_parser.parse_intermixed_args(chosen.arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return command.run(arguments)
     except UserError as error:
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingHalted as error:
         print(error, file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        return 130
 
 
 def _add_validate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +79,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     overrides = [argument for argument in arguments.arguments if "=" in argument]
     if not recipes:
         raise UserError("rtdmd validate: name at least one recipe, such as recipes/flux2_4b.yaml")
-    world_size = arguments.world_size if arguments.world_size is not None else _environment_world_size()
+    world_size = arguments.world_size if arguments.world_size is not None else environment_world_size()
     failed = False
     for path in recipes:
         try:
@@ -86,13 +90,6 @@ def _validate(arguments: argparse.Namespace) -> int:
         else:
             print(f"{path}: ok: {summarize(recipe, world_size=world_size, stages=stages)}")
     return 2 if failed else 0
-
-
-def _environment_world_size() -> int:
-    value = os.environ.get("WORLD_SIZE", "1")
-    if not value.isdecimal():
-        raise UserError(f"WORLD_SIZE={value!r} in the environment is no number of ranks; give --world-size N")
-    return int(value)
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,16 @@ Result = TypeVar("Result")
 Report = Callable[[int], None]
 
 
+def environment_world_size() -> int:
+    """The launcher's number of ranks, 1 without one. UserError if WORLD_SIZE is no number."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE={value!r} in the environment is no number of ranks; mend it, or give --world-size N"
+        )
+    return int(value)
+
+
 def devices_for(count: int, name: str | None = None) -> list[str]:
     """``count`` devices of the kind ``name`` (``cuda`` where there is a GPU, else ``cpu``), one a process.
 

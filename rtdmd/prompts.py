@@ -273,7 +273,14 @@ def _split_rows(
             raise UserError(f"{place}: {column!r} is {type(prompt).__name__}, not text")
         if not prompt.strip():
             raise UserError(f"{place}: {column!r} is blank")
+        if not is_text(prompt):
+            raise UserError(f"{place}: {column!r} holds half of a character (a lone surrogate); mend it")
         yield prompt, _without_nulls(row) if nulls_are_absent else row
+
+
+def is_text(prompt: str) -> bool:
+    """Whether it can be written as UTF-8, which tokenizers need: lone surrogates can't."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in prompt)
 
 
 def _prompt_column(place: str, row: dict[str, Any], column: str | None) -> str:
@@ -337,6 +344,8 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}, column {error.colno}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+            raise UserError(f"{place}: not a row of prompts: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected a JSON object, found {type(row).__name__}")
         yield place, row
@@ -349,6 +358,8 @@ def _json_rows(path: Path) -> Iterator[_Row]:
         raise UserError(
             f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a list of prompts: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected one JSON list, found {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):
@@ -363,7 +374,7 @@ def _tsv_rows(path: Path) -> Iterator[_Row]:
 
 
 def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[_Row]:
-    reader = csv.DictReader((line + "\n" for line in _lines(path)), delimiter=delimiter)
+    reader = csv.DictReader((line + "\n" for line in _lines(path)), delimiter=delimiter, strict=True)
     try:
         for number, row in enumerate(reader, start=1):
             place = f"{path}: row {number} (line {reader.line_num})"

@@ -14,22 +14,36 @@ ENDING_FILE = "ended.json"  # of a stage that a rule has ended early: at which s
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """Folder of the last complete checkpoint, or None. UserError if ``latest`` names none."""
+    """Folder of the last complete checkpoint, or None: the one that ``latest`` names, else the newest.
+
+    UserError if ``latest`` names none.
+    """
+    complete = sorted(state.parent for state in checkpoints.glob(f"step-*/{STATE}"))
     pointer = checkpoints / LATEST
     if not pointer.is_file():
-        return None
-    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / STATE).is_file():
-        raise UserError(f"{pointer}: names {folder.name}, which is no complete checkpoint; name another one")
-    return folder
+        return complete[-1] if complete else None
+    name = pointer.read_text(encoding="utf-8").strip()
+    if checkpoints / name not in complete:
+        there = ", ".join(folder.name for folder in complete) or "none"
+        raise UserError(
+            f"{pointer}: names {name!r}, which is no complete checkpoint; write one of those here ({there})"
+        )
+    return checkpoints / name
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's ``state.json`` holds."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """What a checkpoint's ``state.json`` holds. UserError if that can't be read."""
+    return _read_json(checkpoint / STATE, "name an older step in 'latest'")
 
 
 def ended_early(stage: Path, step: int) -> bool:
     """Whether a rule has ended the stage in this folder for good, after ``step`` steps."""
     ending = stage / ENDING_FILE
-    return ending.is_file() and json.loads(ending.read_text(encoding="utf-8"))["step"] == step
+    return ending.is_file() and _read_json(ending, "remove it")["step"] == step
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); {advice}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -26,8 +27,9 @@ from rtdmd.models.lora import load_adapter
 from rtdmd.models.protocol import Network, TextEmbeddings
 from rtdmd.models.weights import WeightSource, load_network
 from rtdmd.processes import Report, run_processes, shares, unshare
-from rtdmd.prompts import PromptSet
+from rtdmd.prompts import PromptSet, is_text
 from rtdmd.randomness import Draws
+from rtdmd.recipe import load_recipe
 from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection, role_weights
 from rtdmd.rollout import FewSteps, paint
 
@@ -56,7 +58,7 @@ class SampleOptions:
             raise UserError("--run takes the run's own weights: leave out --lora or --run")
         if self.guidance_scale is not None and not self.teacher:
             raise UserError("--guidance goes with --teacher; the generator is trained to need none")
-        if self.guidance_scale is not None and self.guidance_scale < 1:
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < math.inf:
             raise UserError(f"--guidance {self.guidance_scale:g}: give 1 (none) or more")
         if self.num_steps is not None and self.num_steps < 1:
             raise UserError(f"{self.num_steps} steps: give at least 1")
@@ -152,7 +154,9 @@ def run_files(run: Path, recipe: Recipe, stage: str | None = None) -> list[Path]
     """
     first, second = run / "cold_start" / STATE_FILE, run / "rtdmd" / STATE_FILE
     if stage != "cold_start" and second.is_file():
-        return [Path(recipe.rtdmd.start_generator or first), second]
+        own = run / "recipe.yaml"  # what was started from is the run's matter
+        started = (load_recipe(own) if own.is_file() else recipe).rtdmd.start_generator
+        return [Path(started or first), second]
     if stage != "rtdmd" and first.is_file():
         return [first]
     missing = (
@@ -244,16 +248,32 @@ def paint_files(
     The numbers are those of the whole list of prompts: processes that share it out write the files that
     one alone would. ``metadata``, and each picture's prompt, go into the PNG as text chunks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        pictures = to_pictures(painter.paint([prompt for _, prompt in batch]))
+        painted = painter.paint([prompt for _, prompt in batch])
+        if not bool(torch.isfinite(painted).all()):
+            raise UserError(
+                f"{batch[0][1]!r} and what is painted with it come out as numbers that aren't finite: the "
+                "weights hold such numbers, or overflow in the recipe's dtype"
+            )
+        pictures = to_pictures(painted)
         for (number, prompt), picture in zip(batch, pictures, strict=True):
             paths.append(folder / file_name(number, prompt))
             save_picture(picture, paths[-1], {"prompt": prompt, **metadata})
         report(len(batch))
     return paths
+
+
+def make_folder(folder: Path) -> None:
+    """Make it, if it isn't there. UserError if it can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: no such folder can be made ({error.strerror}); name another one"
+        ) from error
 
 
 def save_picture(picture: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
@@ -306,6 +326,9 @@ def read_prompts(given: Sequence[str], source: str | None) -> list[str]:
         raise UserError(
             'no prompts: give --prompt "a red cube", --prompts FILE, or --prompts - and pipe them in'
         )
+    for number, prompt in enumerate(prompts, 1):
+        if not is_text(prompt):
+            raise UserError(f"prompt {number} is not UTF-8: {prompt!r}")
     return prompts
 
 
@@ -341,6 +364,7 @@ def sample(
     """
     if output.batch_size < 1:
         raise UserError(f"--batch-size {output.batch_size}: give at least 1")
+    make_folder(output.folder)
     work = [
         Share(recipe, options, source, numbered, output.folder, output.batch_size, device)
         for numbered, device in zip(

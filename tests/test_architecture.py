@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "randomness": Rule(("transfer",), outside=("torch", "numpy", "triton")),
     "processes": Rule(("errors",), outside=("torch",)),
     "runs": Rule(("errors",), outside=()),
+    "termination": Rule(outside=()),
     "images": Rule(outside=("torch", "PIL")),
     "shapes": Rule(("errors",), outside=("numpy", "scipy")),
     "recipe.schema": Rule(outside=()),
@@ -53,7 +54,9 @@ RULES: dict[str, Rule] = {
     "rollout": Rule((*MATHEMATICS, "models.protocol", "models.guidance")),
     "scheduler": Rule((*MATHEMATICS, "errors")),
     "stages": Rule((*BASICS, *PARTS, "distributed")),
-    "training": Rule((*BASICS, *PARTS, "runs", "scheduler", "evaluation", "sample", "distributed", "stages")),
+    "training": Rule(
+        (*BASICS, *PARTS, "runs", "termination", "scheduler", "evaluation", "sample", "distributed", "stages")
+    ),
     # DeepSpeed is optional for these: what leads to it is imported where it is used.
     **{
         name: Rule(

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rtdmd import __version__
 from rtdmd.cli import main
-from rtdmd.recipe import load_recipe
-from rtdmd.sample import SampleOptions, build_painter, pick_device
+from rtdmd.recipe import dump_recipe, load_recipe
+from rtdmd.sample import SampleOptions, build_painter, pick_device, run_files
 from tests.lora_files import open_pipeline, write_stage
 from tests.small_runs import PROMPTS, TEXT_TOKENS, World, difference, run_plain, save_noise
 
@@ -190,6 +190,7 @@ def test_merging_in_bfloat16_loses_small_adapters(worlds: dict[str, World], tmp_
         (["--prompt", "a", "--lora", "x.pt"], "x.pt: no such file"),
         (["--prompt", "a", "--lora", "x.pt", "lora.rnak=2"], "did you mean 'rank'"),
         (["--prompt", "a", "--guidance", "2"], "--guidance goes with --teacher"),
+        (["--prompt", "a", "--teacher", "--guidance", "nan"], "--guidance nan: give 1 (none) or more"),
         (["--prompt", "a", "--teacher", "--guidance", "0.5"], "--guidance 0.5: give 1"),
         (["--prompt", "a", "--num-steps", "2"], "--num-steps are the teacher's"),
         (["--prompt", "a", "--teacher", "--steps", "2"], "--steps are the generator's"),
@@ -205,6 +206,33 @@ def test_merging_in_bfloat16_loses_small_adapters(worlds: dict[str, World], tmp_
 def test_mistakes(worlds: dict[str, World], arguments: list[str], message: str, capsys: Any) -> None:
     assert main(["sample", str(worlds["flux2"].recipe), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_no_picture(worlds: dict[str, World], tmp_path: Path, capsys: Any) -> None:
+    state = dict(worlds["flux2"].states[0])
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], float("nan"))
+    lora = str(write_stage(tmp_path / "nan", state, "flux2") / "generator_ema.pt")
+    command = ["sample", str(worlds["flux2"].recipe), "--prompt", "a red cube", "--lora", lora]
+    assert main([*command, "--out", str(tmp_path / "pictures")]) == 2
+    assert (
+        "'a red cube' and what is painted with it come out as numbers that aren't" in capsys.readouterr().err
+    )
+    assert not list((tmp_path / "pictures").iterdir())
+    (tmp_path / "file").touch()
+    assert main([*command[:-2], "--out", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path}/file: no such folder can be made" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_started_from(worlds: dict[str, World], tmp_path: Path) -> None:
+    for stage in ("cold_start", "rtdmd"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "generator_ema.pt").touch()
+    given, second = load_recipe(worlds["flux2"].recipe), tmp_path / "rtdmd/generator_ema.pt"
+    assert run_files(tmp_path, given) == [tmp_path / "cold_start/generator_ema.pt", second]
+    own = load_recipe(worlds["flux2"].recipe, ["rtdmd.start_generator=another/generator_ema.pt"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(own))
+    assert run_files(tmp_path, given) == [Path("another/generator_ema.pt"), second]
 
 
 def test_files_that_do_not_fit(worlds: dict[str, World], capsys: Any) -> None:

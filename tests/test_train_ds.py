@@ -40,6 +40,7 @@ def faulty_overrides(folder: Path) -> dict[str, tuple[str, str]]:
     empty, binary = write(folder / "empty.txt", b""), write(folder / "latin.txt", b"caf\xe9\n")
     occupied = write(folder / "file", b"")
     return {
+        "no steps": ("--max-steps=0", "give at least 1"),
         "misspelt key": ("cold_start.iteratons=3", "did you mean 'iterations'"),
         "batch arithmetic": ("cold_start.micro_batch_size=3", "does not divide batch_size = 4"),
         "group arithmetic": ("rtdmd.images_per_prompt=3", "rtdmd.images_per_prompt"),
@@ -54,6 +55,7 @@ def faulty_overrides(folder: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize(
     "mistake",
     [
+        "no steps",
         "misspelt key",
         "batch arithmetic",
         "group arithmetic",

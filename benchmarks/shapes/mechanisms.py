@@ -57,7 +57,7 @@ def resume_cold_start(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog) -
     store = CheckpointStore(run / "cold_start" / "checkpoints", ranks, recipe.keep_checkpoints)
     ema = Ema(stage.roles.generator.engine, recipe.cold_start.ema_decay, warmup=False)
     previews = Previews([], stage.texts, stage.family, stage.few, recipe.seed, ranks)
-    StageRun(stage, ema, store, previews, None, recipe, ranks, run, StopRules([])).resume()
+    StageRun(stage, ema, store, previews, None, recipe, ranks, run, StopRules([]), {}).resume()
     return stage
 
 

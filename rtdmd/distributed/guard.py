@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from hashlib import blake2b
 from typing import NoReturn
 
@@ -103,7 +104,8 @@ class Watchdog:
             waited = time.monotonic() - self._calls.last_progress
             if waited > self._timeout / 2 and published != self._calls.last_progress:
                 published = self._calls.last_progress
-                self._store.set(str(self._ranks.rank), self._calls.last)
+                with suppress(Exception):  # rank 0, which keeps the store, may be gone
+                    self._store.set(str(self._ranks.rank), self._calls.last)
             if waited > self._timeout:
                 try:
                     print(self._report(waited), file=sys.stderr, flush=True)

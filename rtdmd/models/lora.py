@@ -227,7 +227,10 @@ def attach_adapter(
     config._register_custom_module({nn.Linear: PlainLora})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # on purpose
-        transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+        try:
+            transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+        except ValueError as error:  # no module has such a name
+            raise UserError(f"lora.targets = {list(targets)}: {str(error).splitlines()[0]}") from error
 
 
 def adapter_parameters(transformer: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:

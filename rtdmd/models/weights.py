@@ -78,6 +78,22 @@ def architecture_shapes(
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """UserError if the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); fetch the model again") from error
+
+
+def _opened(path: Path) -> Any:
+    """Tensors of a safetensors file. UserError if it is damaged."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except Exception as error:  # safetensors' errors have no common class
+        raise UserError(f"{path}: missing or damaged ({error}); fetch the model again") from error
+
+
 class WeightSource:
     """Tensors of one transformer, with the rows of ``adapters`` merged in, in order.
 
@@ -107,17 +123,17 @@ class WeightSource:
     @property
     def config(self) -> dict[str, Any]:
         """The transformer's configuration, for ``from_config``."""
-        return json.loads((self.folder / "config.json").read_text())
+        return _read_json(self.folder / "config.json")
 
     def _index(self) -> dict[str, Path]:
         """File of each tensor."""
         if (self.folder / WEIGHTS_INDEX).is_file():
-            weight_map = json.loads((self.folder / WEIGHTS_INDEX).read_text())["weight_map"]
+            weight_map = _read_json(self.folder / WEIGHTS_INDEX)["weight_map"]
             return {name: self.folder / file for name, file in weight_map.items()}
         single = self.folder / WEIGHTS_FILE
         if not single.is_file():
             raise UserError(f"{self.folder}: has no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}")
-        with safe_open(str(single), framework="pt") as file:
+        with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
 
     def check_adapter(self, adapter: Adapter) -> None:
@@ -136,7 +152,7 @@ class WeightSource:
             raise UserError(f"{self.folder}: no tensor named {name!r}; weights of another architecture?")
         path = self._files[name]
         if path not in self._open:
-            self._open[path] = safe_open(str(path), framework="pt")
+            self._open[path] = _opened(path)
         return self._open[path].get_slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from difflib import get_close_matches
@@ -174,7 +175,11 @@ def check_source(report: Report, key: str, value: str, needs: str | None) -> Non
 
 def check_output(report: Report, recipe: Recipe) -> None:
     """The run's folder can be written; nothing is left behind."""
-    target = Path(recipe.output).expanduser() / recipe.name
+    target = Path(recipe.output) / recipe.name
+    for name in ("cold_start", "rtdmd", "samples"):
+        child = target / name
+        if os.path.lexists(child) and not child.is_dir():
+            report.fault("output", recipe.output, f"{child} is not a folder; move it or choose another name")
     existing = target
     while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
         existing = existing.parent
@@ -215,7 +220,7 @@ def _read_engine(report: Report, key: str, path: str) -> dict[str, Any] | None:
         report.fault(key, path, f"line {error.lineno} is not valid JSON: {error.msg}")
     except KeyError as error:
         report.fault(key, path, f"the key {error.args[0]!r} is written twice in one object; keep one")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         report.fault(key, path, f"cannot be read: {getattr(error, 'strerror', None) or error}")
     else:
         if isinstance(content, dict):

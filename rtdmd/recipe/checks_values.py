@@ -112,8 +112,8 @@ _RULES: tuple[_Rule, ...] = (
         ("schedule.timesteps",),
     ),
     (
-        "write a folder name of letters, digits, '_', '-' and '.'",
-        lambda value: bool(re.fullmatch(r"[A-Za-z0-9_][\w.-]*", value, re.ASCII)),
+        "write a folder name of at most 200 letters, digits, '_', '-' and '.'",
+        lambda value: bool(re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,199}", value, re.ASCII)),
         ("name",),
     ),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,17 @@ _WANTED = {
     bool: ("true or false", "true"),
 }
 _ABSENT = object()
+# Fields that may hold a path, in which ~ is the home folder.
+_PATHS = (
+    "engine",
+    "output",
+    "pipeline",
+    "source",
+    "start_fake_score",
+    "start_generator",
+    "token_file",
+    "weights",
+)
 _LAYER = "with="
 
 
@@ -59,6 +71,8 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recip
     for override in overrides:
         if override.startswith(_LAYER):
             layer = override.removeprefix(_LAYER)
+            if not layer:
+                raise UserError(f"{_LAYER} names no file; write {_LAYER}recipes/layouts/shared_base.yaml")
             merge(root, _parse_mapping(layer, faults, "it is a mapping of a recipe's sections"))
         else:
             apply_override(root, override, faults)
@@ -180,6 +194,14 @@ def _build_scalar(wanted: type, node: Node, key: str, faults: Faults) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         faults.add(node, key, f"expected a finite number, got {node.text}; write a number such as 0.5")
         return _ABSENT
+    if isinstance(value, str) and key.rpartition(".")[2] in _PATHS:
+        if "\0" in value:
+            faults.add(node, key, "no path holds a zero byte; leave it out")
+            return _ABSENT
+        value = os.path.expanduser(value)
+        if value.startswith("~"):
+            faults.add(node, key, "there is no such home folder; write the path in full")
+            return _ABSENT
     return value
 
 

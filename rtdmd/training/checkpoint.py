@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rtdmd.runs import LATEST, STATE, latest_checkpoint, read_progress
 State = Mapping[str, Mapping[str, Sequence[Piece]]]
 
 _BEST = "best"
+_PARTIAL = ".partial"  # ends the hidden names of what isn't whole yet, or any more
 _RNG = "rng/torch"
 
 
@@ -76,7 +78,7 @@ class CheckpointStore:
         raise.
         """
         final = self._folder / _folder_name(step)
-        partial = final.with_name(f".{final.name}.partial")
+        partial = final.with_name(f".{final.name}{_PARTIAL}")
         self._ranks.on_main_first(lambda: _fresh_folder(partial))
         with self._ranks.together():
             self._write_rank(partial, state, whole_on_main)
@@ -93,12 +95,15 @@ class CheckpointStore:
                     key = f"{role}/{kind}/{piece.name}"
                     tensors[key] = piece.value.detach().to("cpu", copy=True).contiguous()
                     starts[key] = piece.start
-        save_file(tensors, str(_rank_file(folder, self._ranks.rank)), {"starts": json.dumps(starts)})
+        path = _rank_file(folder, self._ranks.rank)
+        save_file(tensors, str(path), {"starts": json.dumps(starts)})
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before `latest` names it
 
     def _complete(self, partial: Path, final: Path, record: dict[str, Any], best: int | None) -> None:
         replace_text(partial / STATE, json.dumps(record, indent=2))
         if final.exists():
-            shutil.rmtree(final)
+            _set_aside(final)
         partial.replace(final)
         replace_text(self._folder / LATEST, final.name)
         if best is None:
@@ -111,7 +116,9 @@ class CheckpointStore:
         kept = earlier[len(earlier) - self._keep + 1 :] if self._keep > 1 else []
         for old in others:
             if old not in kept and (best is None or old.name != _folder_name(best)):
-                shutil.rmtree(old)
+                _set_aside(old)
+        for left in self._folder.glob(f".step-*{_PARTIAL}"):  # those of saves that were cut off, too
+            shutil.rmtree(left, ignore_errors=True)
 
     def latest(self) -> Path | None:
         """Folder of the last complete checkpoint, or None."""
@@ -134,6 +141,11 @@ class CheckpointStore:
 
 def _folder_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _set_aside(folder: Path) -> None:
+    """No checkpoint any more; its files go once nobody reads them (NFS keeps what is open)."""
+    folder.rename(folder.with_name(f".{folder.name}.{time.time_ns()}{_PARTIAL}"))
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import MASTER
 from rtdmd.errors import UserError
+from rtdmd.evaluation.identity import Digests
 from rtdmd.models.adapters import save_diffusers_lora
 from rtdmd.models.blocks import num_compiled_graphs
-from rtdmd.recipe.schema import Recipe
+from rtdmd.recipe.schema import Recipe, TeacherSection, TrainedSection, role_weights
 from rtdmd.runs import ENDING_FILE, read_progress
 from rtdmd.stages.assemble import Stage
+from rtdmd.stages.networks import HandOver
+from rtdmd.termination import note_signals, signal_came
 from rtdmd.training.artifacts import (
     BEST_FILE,
     FAKE_SCORE_FILE,
@@ -34,15 +35,11 @@ from rtdmd.training.tracking import Tracker
 
 
 class StopRequest:
-    """Whether the run shall end early: on SIGTERM, or after so many steps of this launch."""
+    """Whether the run shall end early: on a signal, or after so many steps of this launch."""
 
     def __init__(self, max_steps: int | None) -> None:
         self._left = max_steps
-        self.terminated = False
-        signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.terminated = True
+        note_signals()
 
     def count_step(self) -> None:
         if self._left is not None:
@@ -50,7 +47,7 @@ class StopRequest:
 
     def now(self, ranks: Ranks) -> bool:
         """Collective: ranks that got the signal at different moments agree here."""
-        return ranks.any(self.terminated) or (self._left is not None and self._left <= 0)
+        return ranks.any(signal_came()) or (self._left is not None and self._left <= 0)
 
 
 @dataclass
@@ -66,6 +63,7 @@ class StageRun:
     ranks: Ranks
     run: Path  # the run's folder
     rules: StopRules
+    identity: dict[str, Any]  # of what is trained; on rank 0
 
     @property
     def folder(self) -> Path:
@@ -86,6 +84,7 @@ class StageRun:
     def resume(self) -> int:
         """Collective: restore the last checkpoint; the number of finished steps (0 without one)."""
         folder = self.store.latest() if self.recipe.resume == "auto" else None
+        folder = self.ranks.gather_objects(folder)[0]  # another machine may still see an older one
         if folder is None:
             return 0
         progress = read_progress(folder)
@@ -110,7 +109,7 @@ class StageRun:
         updates = {role: engine.num_updates for role, engine in engines.items()}
         progress = {
             "num_updates": updates | {"ema": self.ema.num_updates},
-            "training": training_identity(self.recipe),
+            "training": self.identity,
             "stage": self.stage.state(),
             "stopping": self.rules.state(),
         }
@@ -174,11 +173,16 @@ class StageRun:
             metrics = report.metrics
             if self._compiles:
                 metrics["compiled_graphs"] = float(num_compiled_graphs())
+            notices = list(report.notices)
             if self.evaluations and due(done, self.recipe.evaluation.every, total):
-                metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
+                if self.ranks.any(signal_came()):  # what is left of the time is for saving
+                    notices.append("the evaluation that is due was left out: a signal to stop has come")
+                else:
+                    metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
             ended = self.rules.observe(done, metrics)
-            over = [] if ended is None else [f"{self.stage.name} ends early: {ended}"]
-            tracker.log(done, metrics, [*report.notices, *over])
+            if ended is not None:
+                notices.append(f"{self.stage.name} ends early: {ended}")
+            tracker.log(done, metrics, notices)
             stop.count_step()
             stopping = stop.now(self.ranks)
             is_due = due(done, settings.checkpoint_every, total)
@@ -195,15 +199,30 @@ class StageRun:
         return True
 
 
-def training_identity(recipe: Recipe) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that resumes from it."""
+def training_identity(recipe: Recipe, given: HandOver, digests: Digests) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes from it.
+
+    Weights count by their content, those on the hub by their commit.
+    """
+
+    def base(role: TeacherSection | TrainedSection) -> str:
+        weights, revision = role_weights(recipe.model, role)
+        own = Path(weights) / "transformer"
+        return digests.of(own) if own.is_dir() else digests.of(weights, revision)
+
+    roles = recipe.roles
+    bases = {name: base(getattr(roles, name)) for name in ("teacher", "generator", "fake_score")}
+    starts = {"start_generator": given.generator, "start_fake_score": given.fake_score}
     return {
+        **{f"roles.{name}.weights": digest for name, digest in bases.items()},
+        **{name: digests.of_local(path) for name, path in starts.items() if path is not None},
         "model.family": recipe.model.family,
         "roles.generator.trains": recipe.roles.generator.trains,
         "roles.fake_score.trains": recipe.roles.fake_score.trains,
         "lora.rank": recipe.lora.rank,
         "lora.alpha": recipe.lora.alpha,
         "lora.targets": recipe.lora.targets,
+        "seed": recipe.seed,
     }
 
 

@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog, Watchdog
 from rtdmd.errors import UserError
+from rtdmd.evaluation.identity import Digests, differences
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
 from rtdmd.runs import ended_early, latest_checkpoint, read_progress
 from rtdmd.stages.assemble import build_stage, preview_prompts
 from rtdmd.stages.networks import HandOver
-from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE
+from rtdmd.termination import EXIT_INTERRUPTED, signal_came
+from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, copy_file
 from rtdmd.training.checkpoint import CheckpointStore, replace_text
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
+from rtdmd.training.folder import occupy
 from rtdmd.training.loop import StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
-from rtdmd.training.tracking import Tracker
-
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start me again
+from rtdmd.training.tracking import METRICS_FILE, Tracker
 
 
 def train(recipe: Recipe, stages: list[str], max_steps: int | None = None) -> int:
     """Run ``stages`` on all ranks of the launcher; the process's exit code.
 
-    0: all stages complete, or ``max_steps`` steps taken. 75: SIGTERM came, everything is saved.
+    0: all stages complete, or ``max_steps`` steps taken. 75: a signal came, everything is saved.
     """
     ranks = start_ranks(1.5 * recipe.timeout_seconds)
     calls = CallLog(ranks)
     watchdog = Watchdog(ranks, calls, recipe.timeout_seconds)
     watchdog.start()
     run = Path(recipe.output) / recipe.name
-    stop = StopRequest(max_steps)
-    code = _run_stages(recipe, stages, run, ranks, calls, stop)
+    lock = occupy(run, ranks)
+    code = _run_stages(recipe, stages, run, ranks, calls, StopRequest(max_steps))
     ranks.barrier()  # a launcher ends the others as soon as one has left
+    if lock is not None:
+        lock.close()
     # Not in a `finally`: where a rank fails, the others wait for it, and so would a tidy end.
     watchdog.stop()
     stop_ranks()
@@ -51,12 +56,15 @@ def train(recipe: Recipe, stages: list[str], max_steps: int | None = None) -> in
 def _run_stages(
     recipe: Recipe, stages: list[str], run: Path, ranks: Ranks, calls: CallLog, stop: StopRequest
 ) -> int:
+    ranks.on_main_first(lambda: check_order(stages, recipe, run))
+    digests = Digests()
     for name in stages:
-        if stop.now(ranks) or not _run_stage(name, recipe, run, ranks, calls, stop):
+        if stop.now(ranks) or not _run_stage(name, recipe, run, ranks, calls, stop, digests):
             saved = run / name / "checkpoints"
             where = f"saved in {saved}" if saved.exists() else "before its first step"
-            _say(ranks, f"stopped in {name}, {where}; the same command goes on")
-            return EXIT_INTERRUPTED if ranks.any(stop.terminated) else 0
+            how = "the same command" if recipe.resume == "auto" else "the same command with resume=auto"
+            _say(ranks, f"stopped in {name}, {where}; {how} goes on")
+            return EXIT_INTERRUPTED if ranks.any(signal_came()) else 0
     _say(ranks, f"done: weights, checkpoints, metrics.jsonl and samples are in {run}")
     return 0
 
@@ -65,18 +73,30 @@ def _say(ranks: Ranks, text: str) -> None:
     ranks.on_main(lambda: print(f"rtdmd: {text}", file=sys.stderr, flush=True))
 
 
-def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLog, stop: StopRequest) -> bool:
+def _run_stage(
+    name: str,
+    recipe: Recipe,
+    run: Path,
+    ranks: Ranks,
+    calls: CallLog,
+    stop: StopRequest,
+    digests: Digests,
+) -> bool:
     """Whether the stage is complete."""
     if recipe.resume == "never":
-        ranks.on_main_first(lambda: _move_aside(run / name))
+        ranks.on_main_first(lambda: _move_aside(run, name))
     store = CheckpointStore(run / name / "checkpoints", ranks, recipe.keep_checkpoints)
+    given, identity, complete = HandOver(), dict[str, Any](), False
     with ranks.together():
-        if is_complete(name, recipe, run):
-            _say(ranks, f"{name} is complete in {run / name}")
-            return True
-        check_same_training(store, recipe)
         given = hand_over(name, recipe, run)
-    ranks.on_main_first(lambda: _write_recipe(run, recipe))
+    with ranks.together():
+        if ranks.is_main:  # whose view counts: another machine may see files of before, for a while
+            identity = training_identity(recipe, given, digests)
+            check_same_training(store, identity)
+            complete = is_complete(name, recipe, run)
+    if ranks.any(complete):
+        _say(ranks, f"{name} is complete in {run / name}")
+        return True
     stage = build_stage(name, recipe, ranks, calls, given)
     for base, names in stage.roles.bases.items():
         _say(ranks, f"the base of {' and '.join(', '.join(names).rsplit(', ', 1))} is {base.placement}")
@@ -97,9 +117,11 @@ def _run_stage(name: str, recipe: Recipe, run: Path, ranks: Ranks, calls: CallLo
         ranks=ranks,
         run=run,
         rules=_stop_rules(name, recipe),
+        identity=identity,
     )
     torch.manual_seed(recipe.seed + ranks.rank)  # nothing of ours draws from it, reward models may
     first = stage_run.resume()
+    ranks.on_main_first(lambda: replace_text(run / "recipe.yaml", dump_recipe(recipe)))
     if first:
         _say(ranks, f"{name} goes on after step {first}")
     tracker = Tracker(run, name, first, stage.num_steps, recipe.tracking, ranks)
@@ -117,16 +139,36 @@ def _evaluations(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
     return Evaluations(recipe, family, ranks, calls.touch)
 
 
-def _write_recipe(run: Path, recipe: Recipe) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    replace_text(run / "recipe.yaml", dump_recipe(recipe))
+def _move_aside(run: Path, stage: str) -> None:
+    """Keep what an earlier run of the stage left, records and sample pictures included, in another folder."""
+    folder = run / stage
+    if not folder.exists():
+        return
+    number = next(n for n in count(1) if not folder.with_name(f"{stage}.before-{n}").exists())
+    aside = folder.with_name(f"{stage}.before-{number}")
+    folder.rename(aside)
+    if (run / METRICS_FILE).is_file():
+        copy_file(run / METRICS_FILE, aside / METRICS_FILE)
+    for picture in sorted((run / "samples").glob(f"{stage}-*.png")):
+        (aside / "samples").mkdir(exist_ok=True)
+        picture.rename(aside / "samples" / picture.name)
 
 
-def _move_aside(folder: Path) -> None:
-    """Keep what an earlier run left, under another name."""
-    if folder.exists():
-        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.before-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.before-{number}"))
+def check_order(stages: Sequence[str], recipe: Recipe, run: Path) -> None:
+    """UserError if a cold start would change from which this run's rtdmd has gone on."""
+    if "cold_start" not in stages or recipe.rtdmd.start_generator is not None:
+        return
+    if latest_checkpoint(run / "rtdmd" / "checkpoints") is None:
+        return
+    if recipe.resume == "never":
+        changes = "rtdmd" not in stages
+    else:
+        changes = not is_complete("cold_start", recipe, run)
+    if changes:
+        raise UserError(
+            f"{run}: its rtdmd has gone on from the cold start that is there; choose another `name` for "
+            f"another cold start, or move {run / 'rtdmd'} away"
+        )
 
 
 def is_complete(name: str, recipe: Recipe, run: Path) -> bool:
@@ -150,17 +192,15 @@ def _stop_rules(name: str, recipe: Recipe) -> StopRules:
     return StopRules(recipe.rtdmd.stop_when if name == "rtdmd" else [])
 
 
-def check_same_training(store: CheckpointStore, recipe: Recipe) -> None:
-    """UserError if the last checkpoint holds other networks than the recipe trains."""
+def check_same_training(store: CheckpointStore, now: dict[str, Any]) -> None:
+    """UserError if the last checkpoint is of another training: other networks, other weights, other draws."""
     latest = store.latest()
     if latest is None:
         return
-    before, now = read_progress(latest)["training"], training_identity(recipe)
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        told = "; ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in changed)
+    told = differences(read_progress(latest)["training"], now)
+    if told:
         raise UserError(
-            f"{latest}: can't go on with another kind of training: {told}. "
+            f"{latest}: can't go on with another training: {'; '.join(told)}. "
             "Change it back, choose another `name`, or start over with resume=never"
         )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -16,6 +16,8 @@ from rtdmd.recipe.schema import TrackingSection
 from rtdmd.training.checkpoint import replace_text
 
 _SHOWN = ("fake_score/loss", "generator/distribution_matching")
+
+METRICS_FILE = "metrics.jsonl"
 
 Sink = Callable[[str, int, dict[str, float]], None]
 
@@ -31,12 +33,14 @@ class Tracker:
         if not self._active:
             return
         self._started = time.monotonic()
-        self._path = run / "metrics.jsonl"
+        self._path = run / METRICS_FILE
         forget_after(self._path, stage, first)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._bar = tqdm(total=total, initial=first, desc=stage, file=sys.stderr, mininterval=1.0)
-        self._sinks = _external_sinks(run, tracking)
         self._noticed: set[str] = set()
+        self._sinks: dict[str, Sink] = {}
+        for name, build in _external_sinks(run, tracking).items():
+            self._guarded(name, lambda: self._sinks.update({name: build()}))  # noqa: B023 (called at once)
 
     def log(self, step: int, metrics: dict[str, float], notices: Sequence[str] = ()) -> None:
         """Record ``step`` finished steps (1, 2, …); a notice is shown above the bar, once."""
@@ -47,16 +51,28 @@ class Tracker:
         record = {"stage": self._stage, "step": step, "seconds": round(seconds, 4)} | metrics
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink(self._stage, step, metrics)
+        for name, sink in list(self._sinks.items()):
+            self._guarded(name, lambda: sink(self._stage, step, metrics))  # noqa: B023
         shown = {name.split("/")[-1]: metrics[name] for name in _SHOWN if name in metrics}
         shown |= {name: value for name, value in metrics.items() if name.startswith("reward/")}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         for notice in notices:
-            if notice not in self._noticed:
-                self._noticed.add(notice)
-                self._bar.write(f"rtdmd: step {step}: {notice}", file=sys.stderr)
+            self._notice(f"step {step}: {notice}", notice)
+
+    def _guarded(self, name: str, act: Callable[[], None]) -> None:
+        """What only shows a run mustn't end it: a service that fails is done without."""
+        try:
+            act()
+        except Exception as error:
+            self._sinks.pop(name, None)
+            what = f"{name} failed ({type(error).__name__}: {error})"
+            self._notice(f"{what}; the run goes on without it, see metrics.jsonl", name)
+
+    def _notice(self, text: str, key: str) -> None:
+        if key not in self._noticed:
+            self._noticed.add(key)
+            self._bar.write(f"rtdmd: {text}", file=sys.stderr)
 
     def close(self) -> None:
         if self._active:
@@ -68,24 +84,26 @@ def forget_after(path: Path, stage: str, step: int) -> None:
     """Drop a stage's records beyond ``step``, so that a resumed run's file reads like a straight one's."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _complete(line) and not _is_later(json.loads(line), stage, step)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _is_kept(line, stage, step)]
     if len(kept) != len(lines):
         replace_text(path, "".join(line + "\n" for line in kept))
 
 
-def _complete(line: str) -> bool:
-    """A crash may leave half a line at the end."""
-    return line.endswith("}")
+def _is_kept(line: str, stage: str, step: int) -> bool:
+    """Not of later steps, nor what a crash has left of a record."""
+    try:
+        record = json.loads(line)
+        return record["step"] <= step or record["stage"] != stage
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
-def _is_later(record: dict[str, Any], stage: str, step: int) -> bool:
-    return record["stage"] == stage and record["step"] > step
+def _external_sinks(run: Path, tracking: TrackingSection) -> dict[str, Callable[[], Sink]]:
+    """How to begin with each service that the recipe asks for."""
+    sinks: dict[str, Callable[[], Sink]] = {}
 
-
-def _external_sinks(run: Path, tracking: TrackingSection) -> list[Sink]:
-    sinks: list[Sink] = []
-    if tracking.tensorboard:
+    def tensorboard() -> Sink:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run / "tensorboard"))
@@ -94,15 +112,29 @@ def _external_sinks(run: Path, tracking: TrackingSection) -> list[Sink]:
             for name, value in metrics.items():
                 writer.add_scalar(f"{stage}/{name}", value, step)
 
-        sinks.append(to_tensorboard)
-    if tracking.wandb_project:
+        return to_tensorboard
+
+    def wandb() -> Sink:
         import wandb
 
-        board = wandb.init(project=tracking.wandb_project, name=run.name, dir=str(run), resume="allow")
+        # The same id after a restart goes on with the same curves.
+        number = zlib.crc32(str(run.resolve()).encode())
+        board = wandb.init(
+            project=tracking.wandb_project,
+            name=run.name,
+            id=f"{run.name}-{number:08x}",
+            dir=str(run),
+            resume="allow",
+        )
 
         def to_wandb(stage: str, step: int, metrics: dict[str, float]) -> None:
             values = {f"{stage}/{name}": value for name, value in metrics.items()}
             board.log(values | {f"{stage}/step": step})
 
-        sinks.append(to_wandb)
+        return to_wandb
+
+    if tracking.tensorboard:
+        sinks["TensorBoard"] = tensorboard
+    if tracking.wandb_project:
+        sinks["Weights & Biases"] = wandb
     return sinks

@@ -269,6 +269,18 @@ def test_anchors_can_be_reused(write_recipe: Write) -> None:
     assert recipe.cold_start.fake_score.learning_rate == 2e-6  # an override changes one place
 
 
+def test_the_home_folder(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(write_recipe(), ["output=~/runs", "model.pipeline=~/models/x", "name=a"])
+    assert (recipe.output, recipe.model.pipeline) == (f"{tmp_path}/runs", f"{tmp_path}/models/x")
+    for override, words in (
+        ("output=~nobody-here/x", "no such home folder"),
+        ('output="a\\0b"', "zero byte"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_recipe(write_recipe(), [override])
+
+
 def test_dump_loads_back_equal(write_recipe: Write) -> None:
     path = write_recipe()
     recipe = load_recipe(

@@ -75,11 +75,14 @@ def test_what_a_crash_leaves_does_not_count(tmp_path: Path, ranks: Ranks) -> Non
     partial = tmp_path / ".step-000002.partial"
     partial.mkdir()
     (partial / "rank-00000.safetensors").write_bytes(b"half")
+    other = tmp_path / ".step-000007.partial"  # of a step that no later save is of
+    other.mkdir()
     store = CheckpointStore(tmp_path, ranks, 2)
     assert store.latest() == first
     store.save(2, {"generator": {"master": [Piece("w", 0, torch.ones(4))]}}, {}, [])
     latest = store.latest()
     assert latest is not None and latest.name == "step-000002" and not partial.exists()
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path, ranks: Ranks) -> None:

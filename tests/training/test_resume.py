@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rtdmd.cli import main
 from rtdmd.recipe import load_recipe
@@ -233,6 +233,35 @@ def test_another_kind_of_training_is_refused(
     done = run_ranks(arguments(run, tiny_flux2, tiny_clip, *changed), 1, codes=(2,))
     assert "lora.rank was 8, is 4" in done[0].stdout and "Traceback" not in done[0].stdout
     assert not (run / "recipe.yaml").exists()
+    done = run_ranks(
+        arguments(run, tiny_flux2, tiny_clip, *changed[:1], *changed[2:], "seed=3"), 1, codes=(2,)
+    )
+    assert "can't go on with another training: seed was 0, is 3" in done[0].stdout
+
+
+def test_what_a_run_stands_on_stays(
+    straight: Path, tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
+) -> None:
+    """Neither its cold start nor its base is exchanged beneath an rtdmd."""
+    run = tmp_path / "standing"
+    shutil.copytree(straight, run)
+    sizes = ("cold_start.batch_size=4", "rtdmd.sample_batch_size=4")
+    longer = arguments(run, tiny_flux2, tiny_clip, *sizes, "cold_start.iterations=9")
+    done = run_ranks(longer, 1, codes=(2,))
+    assert "its rtdmd has gone on from the cold start that is there" in done[0].stdout
+    state = torch.load(run / "cold_start/generator_ema.pt", weights_only=True)
+    torch.save({key: value + 1 for key, value in state.items()}, run / "cold_start/generator_ema.pt")
+    more = arguments(run, tiny_flux2, tiny_clip, *sizes, "rtdmd.epochs=9")
+    done = run_ranks([*more, "--stage", "rtdmd"], 1, codes=(2,))
+    assert "can't go on with another training: start_generator was " in done[0].stdout
+    other = tmp_path / "pipeline"
+    shutil.copytree(tiny_flux2, other)
+    (weights,) = (other / "transformer").glob("*.safetensors")
+    save_file({key: value * 2 for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    shutil.rmtree(run / "rtdmd")
+    done = run_ranks([*longer, f"model.pipeline={other}"], 1, codes=(2,))
+    assert "roles.generator.weights was " in done[0].stdout
+    assert (run / "recipe.yaml").read_text() == (straight / "recipe.yaml").read_text()
 
 
 def test_an_unfinished_cold_start_is_not_handed_over(

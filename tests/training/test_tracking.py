@@ -23,7 +23,8 @@ def test_records_beyond_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     """Steps that a crash came after have no checkpoint: they will be taken again."""
     path = tmp_path / "metrics.jsonl"
     lines = [{"stage": "cold_start", "step": step} for step in (1, 2, 3)] + [{"stage": "rtdmd", "step": 1}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "rtdmd", "st')
+    damaged = b'{"stage": "rtdmd"}\n\xff\xfe}\n{"stage": "rtdmd", "st'
+    path.write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + damaged)
     forget_after(path, "cold_start", 2)
     assert steps(path) == [("cold_start", 1), ("cold_start", 2), ("rtdmd", 1)]
 
@@ -35,6 +36,17 @@ def test_a_notice_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     tracker.close()
     assert capsys.readouterr().err.count("mind the margin") == 1
     assert steps(tmp_path / "metrics.jsonl") == [("rtdmd", 1), ("rtdmd", 2), ("rtdmd", 3)]
+
+
+def test_a_board_that_fails_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tensorboard").write_text("a file where TensorBoard wants a folder")
+    tracker = Tracker(tmp_path, "rtdmd", 0, 2, TrackingSection(tensorboard=True), MAIN)
+    for step in (1, 2):
+        tracker.log(step, {"reward/clipscore": 0.5})
+    tracker.close()
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard failed (") == 1 and "the run goes on without it" in said
+    assert steps(tmp_path / "metrics.jsonl") == [("rtdmd", 1), ("rtdmd", 2)]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
