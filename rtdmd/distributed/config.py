@@ -7,6 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.zero.config import get_zero_config
+from pydantic import ValidationError
+
+from rtdmd.errors import UserError
 from rtdmd.recipe.schema import Dtype
 
 
@@ -15,8 +19,17 @@ def engine_config(path: str | Path, dtype: Dtype, max_grad_norm: float | None) -
 
     Batch sizes are placeholders: micro-batches and accumulation boundaries are set by hand, losses
     are scaled by the stages. Gradients accumulate and travel in float32 whatever ``dtype``.
+
+    Raises:
+        UserError: DeepSpeed doesn't know a key of the file's ``zero_optimization``, or not such a value.
     """
     config: dict[str, Any] = copy.deepcopy(json.loads(Path(path).read_text()))
+    try:
+        get_zero_config(config)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *found["loc"])))
+        raise UserError(f"{path}: DeepSpeed doesn't accept {key}: {found['msg']}") from error
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

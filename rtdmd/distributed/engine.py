@@ -13,14 +13,13 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.config import zero_stage
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.masters import MASTER, OPTIMIZER_STATES, Masters, Piece, gather_flat, masters_of
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import TrainingHalted
 from rtdmd.recipe.schema import OptimizerSection
 
 
@@ -282,20 +281,10 @@ def _true_shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def initialize(name: str, **arguments: Any) -> Any:
-    """DeepSpeed's engine. UserError for what it doesn't accept in the role's JSON."""
-    try:
-        return deepspeed.initialize(**arguments)[0]
-    except ValidationError as error:
-        found = error.errors()[0]
-        place = ".".join(map(str, found["loc"]))
-        raise UserError(f"roles.{name}.engine: DeepSpeed doesn't accept {place}: {found['msg']}") from error
-
-
 def start_frozen(name: str, network: nn.Module, config: dict[str, Any], calls: CallLog) -> FrozenEngine:
     """Put a network under an engine without optimizer; with ZeRO-3 it stays sharded."""
     network.requires_grad_(False).eval()
-    engine = initialize(name, model=network, config=config)
+    engine, *_ = deepspeed.initialize(model=network, config=config)
     engine.eval()
     return FrozenEngine(name, OwnNetwork(engine), calls)
 
@@ -325,5 +314,5 @@ def start_trained(
     """Put a network under an engine with AdamW over the parameters that require gradient."""
     trained = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
     adam = adam_w(list(trained.values()), optimizer, ranks.device)
-    engine = initialize(name, model=network, optimizer=adam, config=config)
+    engine, *_ = deepspeed.initialize(model=network, optimizer=adam, config=config)
     return ShardedEngine(name, engine, calls, ranks, trained, zero_stage(config))

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 
 from rtdmd.distributed.collectives import Ranks
-from rtdmd.distributed.engine import TrainedEngine, adam_w, close_engine, collect_garbage, initialize, release
+from rtdmd.distributed.engine import TrainedEngine, adam_w, close_engine, collect_garbage, release
 from rtdmd.distributed.guard import CallLog
 from rtdmd.distributed.masters import MASTER, Piece, adam_state
 from rtdmd.distributed.sharding import BlockShards
@@ -58,7 +59,7 @@ class ReplicatedBase(SharedBase):
 
     def __init__(self, network: nn.Module, config: dict[str, Any], num_users: int) -> None:
         network.requires_grad_(False).eval()
-        self._engine = initialize("teacher", model=network, config=config)
+        self._engine, *_ = deepspeed.initialize(model=network, config=config)
         self._engine.eval()
         super().__init__(self._engine.module, num_users, "whole on every rank")
 

@@ -45,7 +45,7 @@ from rtdmd.recipe.schema import EvaluationModelSection, Recipe, RewardSection
 from rtdmd.rewards import REWARDS, load_rewards
 from rtdmd.rewards.clip_vision import ClipVision
 from rtdmd.rewards.protocol import Reward
-from rtdmd.sample import Painter, build_painter, check_trained, pick_device, save_picture
+from rtdmd.sample import Painter, build_painter, check_trained, make_folder, pick_device, save_picture
 
 FEATURES = "features"  # beside the rewards' names in a batch's file
 
@@ -136,6 +136,7 @@ def evaluate(recipe: Recipe, options: EvaluationOptions) -> Results:
     for model in dict.fromkeys(batch.model for batch in todo):
         check_trained(plan.recipe, sample_options(plan.models[model], plan.recipe.evaluation.seed))
     reference = _reference(plan)  # before the pictures, so that what is wrong with it is known before
+    make_folder(options.out)
     for store, identity in claims:
         store.claim(identity)
     total = sum(each.num_pictures for each in plan.sets.values()) * len(plan.models)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rtdmd.distributed import loading
+from rtdmd.distributed.config import engine_config
 from rtdmd.distributed.loading import build_network
 from rtdmd.errors import UserError
 from rtdmd.models import get_family
@@ -108,6 +109,15 @@ def test_merged_adapters_are_the_same_in_slices(tiny_flux2: Path, monkeypatch: p
     monkeypatch.setattr(loading, "_SLICE", 100)
     for name, tensor in weights().items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=1e-7)
+
+
+def test_what_deepspeed_does_not_know_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "engine.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "x"}}')
+    with pytest.raises(
+        UserError, match=r"engine.json: DeepSpeed doesn't accept zero_optimization.reduce_bucket"
+    ):
+        engine_config(path, "float32", None)
 
 
 def test_weights_of_another_shape_are_refused(tiny_flux2: Path) -> None:
