@@ -68,6 +68,8 @@ def run(recipe: Recipe, stages: list[str], max_steps: int | None, is_main: bool)
         code, report = 2, f"{who}: {error}"
     except TrainingHalted as error:
         code, report = 3, f"{who}: {error}"
+    except KeyboardInterrupt:  # the second Ctrl-C
+        code, report = 130, f"{who}: interrupted; the last checkpoint is as it was"
     except Exception as error:
         full = "No space left on device" in str(error)  # of OSError, safetensors' and torch's own
         told = f"{error}; free some and start the same command again" if full else traceback.format_exc()

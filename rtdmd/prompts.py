@@ -374,7 +374,9 @@ def _tsv_rows(path: Path) -> Iterator[_Row]:
 
 
 def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[_Row]:
-    reader = csv.DictReader((line + "\n" for line in _lines(path)), delimiter=delimiter, strict=True)
+    lines = [line + "\n" for line in _lines(path)]
+    _check_quotes(path, lines, delimiter)
+    reader = csv.DictReader(lines, delimiter=delimiter)
     try:
         for number, row in enumerate(reader, start=1):
             place = f"{path}: row {number} (line {reader.line_num})"
@@ -385,6 +387,18 @@ def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[_Row]:
             yield place, dict(row)
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+
+
+def _check_quotes(path: Path, lines: list[str], delimiter: str) -> None:
+    """UserError for one that is never closed, which would swallow all rows that follow."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    start = 1
+    try:
+        for _ in reader:
+            start = reader.line_num + 1
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise UserError(f"{path}: the row of line {start} opens a quote that is never closed") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:

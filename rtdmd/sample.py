@@ -154,8 +154,9 @@ def run_files(run: Path, recipe: Recipe, stage: str | None = None) -> list[Path]
     """
     first, second = run / "cold_start" / STATE_FILE, run / "rtdmd" / STATE_FILE
     if stage != "cold_start" and second.is_file():
-        own = run / "recipe.yaml"  # what was started from is the run's matter
-        started = (load_recipe(own) if own.is_file() else recipe).rtdmd.start_generator
+        started, own = recipe.rtdmd.start_generator, run / "recipe.yaml"
+        if started is None and own.is_file():  # the run may have been started with an override
+            started = load_recipe(own).rtdmd.start_generator
         return [Path(started or first), second]
     if stage != "rtdmd" and first.is_file():
         return [first]

@@ -29,7 +29,8 @@ def signal_came() -> bool:
 
 def _note(number: int, _frame: FrameType | None) -> None:
     _came.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)
 
 
 def _handle(handler: signal._HANDLER) -> None:

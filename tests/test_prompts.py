@@ -146,7 +146,7 @@ def test_column_is_the_named_one_or_the_first_known(tmp_path):
         ("a.csv", "prompt,id\na\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.csv", "prompt,id\na,1,2\n", {}, ["row 1 (line 2)", "2 columns"]),
         ("a.csv", "prompt\n' '\n \n", {}, ["row 2 (line 3)", "blank"]),
-        ("a.csv", 'prompt,id\n"a red circle,1\na blue square,2\n', {}, ["not CSV"]),
+        ("a.csv", 'prompt,id\n"a red circle,1\na blue square,2\n', {}, ["line 2 opens a quote"]),
         ("a.jsonl", '{"prompt": "half \\ud800"}\n', {}, ["line 1", "half of a character"]),
         ("a.jsonl", '{"prompt": "a", "id": ' + "1" * 5000 + "}\n", {}, ["line 1", "not a row of prompts"]),
         ("a.json", "[" * 100_000, {}, ["not a list of prompts"]),

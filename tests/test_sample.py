@@ -233,6 +233,8 @@ def test_a_run_says_what_it_started_from(worlds: dict[str, World], tmp_path: Pat
     own = load_recipe(worlds["flux2"].recipe, ["rtdmd.start_generator=another/generator_ema.pt"])
     (tmp_path / "recipe.yaml").write_text(dump_recipe(own))
     assert run_files(tmp_path, given) == [Path("another/generator_ema.pt"), second]
+    moved = load_recipe(worlds["flux2"].recipe, ["rtdmd.start_generator=moved/generator_ema.pt"])
+    assert run_files(tmp_path, moved) == [Path("moved/generator_ema.pt"), second]
 
 
 def test_files_that_do_not_fit(worlds: dict[str, World], capsys: Any) -> None:

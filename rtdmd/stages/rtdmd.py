@@ -105,7 +105,7 @@ class Rtdmd:
         active = metrics.get("generator/hinge_active")
         if active is None and names and epoch > 0:
             return [f"no reward was back-propagated: there are no statistics yet to standardise {names} by"]
-        if active != 0:
+        if active != 0 or metrics["advantage/zero_fraction"] == 1:  # nothing weighed anything
             return []
         return [
             f"every reward exceeds rtdmd.reward_backprop.margin = {backprop.margin:g}, so that "

@@ -41,7 +41,8 @@ def _lock(run: Path) -> IO[str]:
         owner = _read(run).partition("\n")[0] or "another launch"
         lock.close()
         raise UserError(
-            f"{run}: {owner} trains there; end it or wait for it, or choose another `name`"
+            f"{run}: {owner} trains there; end it or wait for it, or choose another `name` (if it is gone "
+            f"with its machine, remove {run / LOCK_FILE})"
         ) from None
     except OSError:
         pass  # a file system without locks

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rtdmd.errors import UserError
 from rtdmd.evaluation.identity import Digests
 from rtdmd.models.adapters import save_diffusers_lora
 from rtdmd.models.blocks import num_compiled_graphs
+from rtdmd.models.weights import transformer_folder
 from rtdmd.recipe.schema import Recipe, TeacherSection, TrainedSection, role_weights
 from rtdmd.runs import ENDING_FILE, read_progress
 from rtdmd.stages.assemble import Stage
@@ -32,6 +35,8 @@ from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
 from rtdmd.training.tracking import Tracker
+
+BASES = tuple(f"roles.{role}.weights" for role in ("teacher", "generator", "fake_score"))
 
 
 class StopRequest:
@@ -83,8 +88,8 @@ class StageRun:
 
     def resume(self) -> int:
         """Collective: restore the last checkpoint; the number of finished steps (0 without one)."""
-        folder = self.store.latest() if self.recipe.resume == "auto" else None
-        folder = self.ranks.gather_objects(folder)[0]  # another machine may still see an older one
+        # Rank 0's: another machine may still see an older one.
+        folder = self.ranks.gather_objects(self.store.latest() if self.ranks.is_main else None)[0]
         if folder is None:
             return 0
         progress = read_progress(folder)
@@ -175,7 +180,7 @@ class StageRun:
                 metrics["compiled_graphs"] = float(num_compiled_graphs())
             notices = list(report.notices)
             if self.evaluations and due(done, self.recipe.evaluation.every, total):
-                if self.ranks.any(signal_came()):  # what is left of the time is for saving
+                if done < total and self.ranks.any(signal_came()):  # what is left of the time is for saving
                     notices.append("the evaluation that is due was left out: a signal to stop has come")
                 else:
                     metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
@@ -199,22 +204,26 @@ class StageRun:
         return True
 
 
-def training_identity(recipe: Recipe, given: HandOver, digests: Digests) -> dict[str, Any]:
+def training_identity(
+    recipe: Recipe, given: HandOver, digests: Digests, progress: Callable[[], None]
+) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes from it.
 
-    Weights count by their content, those on the hub by their commit.
+    Transformers count by their files' content. ``progress`` is called after each file.
     """
 
     def base(role: TeacherSection | TrainedSection) -> str:
-        weights, revision = role_weights(recipe.model, role)
-        own = Path(weights) / "transformer"
-        return digests.of(own) if own.is_dir() else digests.of(weights, revision)
+        folder = transformer_folder(*role_weights(recipe.model, role))
+        parts = []
+        for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+            parts.append(digests.of(file))
+            progress()
+        return sha256("".join(parts).encode()).hexdigest()
 
     roles = recipe.roles
-    bases = {name: base(getattr(roles, name)) for name in ("teacher", "generator", "fake_score")}
     starts = {"start_generator": given.generator, "start_fake_score": given.fake_score}
     return {
-        **{f"roles.{name}.weights": digest for name, digest in bases.items()},
+        **{key: base(getattr(roles, key.split(".")[1])) for key in BASES},
         **{name: digests.of_local(path) for name, path in starts.items() if path is not None},
         "model.family": recipe.model.family,
         "roles.generator.trains": recipe.roles.generator.trains,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -26,7 +27,7 @@ from rtdmd.training.checkpoint import CheckpointStore, replace_text
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.folder import occupy
-from rtdmd.training.loop import StageRun, StopRequest, training_identity
+from rtdmd.training.loop import BASES, StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
 from rtdmd.training.tracking import METRICS_FILE, Tracker
@@ -56,7 +57,7 @@ def train(recipe: Recipe, stages: list[str], max_steps: int | None = None) -> in
 def _run_stages(
     recipe: Recipe, stages: list[str], run: Path, ranks: Ranks, calls: CallLog, stop: StopRequest
 ) -> int:
-    ranks.on_main_first(lambda: check_order(stages, recipe, run))
+    ranks.on_main_first(lambda: _begin(stages, recipe, run))
     digests = Digests()
     for name in stages:
         if stop.now(ranks) or not _run_stage(name, recipe, run, ranks, calls, stop, digests):
@@ -83,17 +84,17 @@ def _run_stage(
     digests: Digests,
 ) -> bool:
     """Whether the stage is complete."""
-    if recipe.resume == "never":
-        ranks.on_main_first(lambda: _move_aside(run, name))
     store = CheckpointStore(run / name / "checkpoints", ranks, recipe.keep_checkpoints)
     given, identity, complete = HandOver(), dict[str, Any](), False
     with ranks.together():
-        given = hand_over(name, recipe, run)
-    with ranks.together():
         if ranks.is_main:  # whose view counts: another machine may see files of before, for a while
-            identity = training_identity(recipe, given, digests)
+            given = hand_over(name, recipe, run)
+            identity = training_identity(recipe, given, digests, calls.touch)
             check_same_training(store, identity)
+            if name == "rtdmd" and recipe.rtdmd.start_generator is None:
+                check_same_bases(run / "cold_start" / "checkpoints", identity)
             complete = is_complete(name, recipe, run)
+    given = ranks.gather_objects(given)[0]
     if ranks.any(complete):
         _say(ranks, f"{name} is complete in {run / name}")
         return True
@@ -139,6 +140,22 @@ def _evaluations(recipe: Recipe, family: ModelFamily, ranks: Ranks, calls: CallL
     return Evaluations(recipe, family, ranks, calls.touch)
 
 
+def _begin(stages: Sequence[str], recipe: Recipe, run: Path) -> None:
+    """Check that the stages may train in the folder; with resume=never they find it as if they were new.
+
+    A Slurm job that is started again goes on with what it has begun.
+    """
+    job, marker = os.environ.get("SLURM_JOB_ID"), run / ".started_over"
+    begun = job is not None and marker.is_file() and marker.read_text(encoding="utf-8") == job
+    starts_over = recipe.resume == "never" and not begun
+    check_order(stages, recipe, run, starts_over)
+    if starts_over:
+        for stage in stages:
+            _move_aside(run, stage)
+        if job is not None:
+            replace_text(marker, job)
+
+
 def _move_aside(run: Path, stage: str) -> None:
     """Keep what an earlier run of the stage left, records and sample pictures included, in another folder."""
     folder = run / stage
@@ -154,16 +171,13 @@ def _move_aside(run: Path, stage: str) -> None:
         picture.rename(aside / "samples" / picture.name)
 
 
-def check_order(stages: Sequence[str], recipe: Recipe, run: Path) -> None:
+def check_order(stages: Sequence[str], recipe: Recipe, run: Path, starts_over: bool) -> None:
     """UserError if a cold start would change from which this run's rtdmd has gone on."""
     if "cold_start" not in stages or recipe.rtdmd.start_generator is not None:
         return
     if latest_checkpoint(run / "rtdmd" / "checkpoints") is None:
         return
-    if recipe.resume == "never":
-        changes = "rtdmd" not in stages
-    else:
-        changes = not is_complete("cold_start", recipe, run)
+    changes = "rtdmd" not in stages if starts_over else not is_complete("cold_start", recipe, run)
     if changes:
         raise UserError(
             f"{run}: its rtdmd has gone on from the cold start that is there; choose another `name` for "
@@ -203,6 +217,17 @@ def check_same_training(store: CheckpointStore, now: dict[str, Any]) -> None:
             f"{latest}: can't go on with another training: {'; '.join(told)}. "
             "Change it back, choose another `name`, or start over with resume=never"
         )
+
+
+def check_same_bases(cold_start: Path, now: dict[str, Any]) -> None:
+    """UserError if the run's own cold start was trained on other base weights."""
+    latest = latest_checkpoint(cold_start)
+    if latest is None:
+        return
+    before = read_progress(latest)["training"]
+    told = differences({key: before.get(key) for key in BASES}, {key: now[key] for key in BASES})
+    if told:
+        raise UserError(f"{latest}: rtdmd can't go on from there on another base: {'; '.join(told)}")
 
 
 def hand_over(name: str, recipe: Recipe, run: Path) -> HandOver:

@@ -122,7 +122,7 @@ def _external_sinks(run: Path, tracking: TrackingSection) -> dict[str, Callable[
         board = wandb.init(
             project=tracking.wandb_project,
             name=run.name,
-            id=f"{run.name}-{number:08x}",
+            id=f"{run.name[:100]}-{number:08x}",
             dir=str(run),
             resume="allow",
         )

@@ -260,7 +260,9 @@ def test_what_a_run_stands_on_stays(
     save_file({key: value * 2 for key, value in load_file(weights).items()}, weights, {"format": "pt"})
     shutil.rmtree(run / "rtdmd")
     done = run_ranks([*longer, f"model.pipeline={other}"], 1, codes=(2,))
-    assert "roles.generator.weights was " in done[0].stdout
+    assert "can't go on with another training: roles.fake_score.weights was " in done[0].stdout
+    done = run_ranks([*more, f"model.pipeline={other}", "--stage", "rtdmd"], 1, codes=(2,))
+    assert "rtdmd can't go on from there on another base: roles.fake_score.weights was " in done[0].stdout
     assert (run / "recipe.yaml").read_text() == (straight / "recipe.yaml").read_text()
 
 
