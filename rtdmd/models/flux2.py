@@ -198,14 +198,19 @@ class Flux2Family:
     ) -> Tensor:
         """v(x, sigma | text) in float32, [B, C, H, W] like ``x``; the network runs in the text's dtype.
 
-        The network is given sigma itself (it multiplies by 1000), and no guidance.
+        The network is given sigma (it multiplies by 1000) and no guidance. As in Flux2KleinPipeline, and in
+        the code that the published weights come from, it is 1000·sigma that is rounded to the network's
+        dtype: bfloat16 makes 960 of 958, and 956 of 1000 times the rounded 0.958.
         """
         embeddings = text.tensors["prompt_embeds"]
         height, width = x.shape[2:]
+        timestep = per_sample(sigma, x)
+        if embeddings.dtype != torch.float32:
+            timestep = (1000 * timestep).to(embeddings.dtype) / 1000
         velocity = network(
             hidden_states=x.to(embeddings.dtype).flatten(2).transpose(1, 2),  # (B, H*W, C)
             encoder_hidden_states=embeddings,
-            timestep=per_sample(sigma, x),
+            timestep=timestep,
             img_ids=self._ids(height, width, 1, x.device),
             txt_ids=self._ids(1, 1, embeddings.shape[1], x.device),
             guidance=None,

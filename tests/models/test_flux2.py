@@ -123,3 +123,27 @@ def test_lora_tensors_of_full_size_models(
     adapted = [name for name, _ in network.named_parameters() if "lora_" in name]
     assert len(adapted) == count
     assert sum("single_transformer_blocks" in name and "to_out" in name for name in adapted) == 2 * single
+
+
+def test_bfloat16_has_the_pipelines_times(flux2: World) -> None:
+    """What reaches the network's embedding of time; rounding sigma itself would make other numbers of it."""
+    pipeline = Flux2KleinPipeline.from_pretrained(flux2.folder, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    network = pipeline.transformer
+    seen: list[float] = []
+    network.time_guidance_embed.register_forward_pre_hook(lambda _, given: seen.append(given[0][0].item()))
+    pipeline(
+        prompt="a dog", height=512, width=512, sigmas=UNSHIFTED, num_inference_steps=4, guidance_scale=1.0,
+        max_sequence_length=32, text_encoder_out_layers=LAYERS, output_type="latent",
+    )  # fmt: skip
+    theirs = list(seen)
+    family = Flux2Family.load(
+        str(flux2.folder), device=torch.device("cpu"), dtype=torch.bfloat16, max_sequence_length=32
+    )
+    text, x = family.encode_prompts(["a dog"]), torch.randn(1, *family.latent_shape(512, 512))
+    sigmas = family.sigmas(STEPS, 512, 512)
+    for sigma in sigmas:
+        family.predict_velocity(network, x, sigma, text)
+    assert seen[4:] == theirs == [1000, 968, 908, 768]
+    rounded = [(torch.tensor(sigma).bfloat16() * 1000).item() for sigma in sigmas]
+    assert rounded == [1000, 968, 908, 764]
