@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ def environment_world_size() -> int:
             f"WORLD_SIZE={value!r} in the environment is no number of ranks; mend it, or give --world-size N"
         )
     return int(value)
+
+
+def free_port() -> int:
+    """One of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def devices_for(count: int, name: str | None = None) -> list[str]:

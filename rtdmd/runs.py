@@ -10,6 +10,8 @@ from rtdmd.errors import UserError
 
 LATEST = "latest"  # names the last complete checkpoint
 STATE = "state.json"  # of a checkpoint: step, world size, update counts
+METRICS_FILE = "metrics.jsonl"  # of a run: a record for each step of its stages
+RECIPE_FILE = "recipe.yaml"  # of a run: the recipe that it has started with last
 ENDING_FILE = "ended.json"  # of a stage that a rule has ended early: at which step
 
 

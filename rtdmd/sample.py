@@ -32,6 +32,7 @@ from rtdmd.randomness import Draws
 from rtdmd.recipe import load_recipe
 from rtdmd.recipe.schema import PromptsSection, Recipe, ScheduleSection, role_weights
 from rtdmd.rollout import FewSteps, paint
+from rtdmd.runs import RECIPE_FILE
 
 TEACHER_STEPS = 50
 PICTURES = "sample"  # the stage of all draws for pictures
@@ -154,7 +155,7 @@ def run_files(run: Path, recipe: Recipe, stage: str | None = None) -> list[Path]
     """
     first, second = run / "cold_start" / STATE_FILE, run / "rtdmd" / STATE_FILE
     if stage != "cold_start" and second.is_file():
-        started, own = recipe.rtdmd.start_generator, run / "recipe.yaml"
+        started, own = recipe.rtdmd.start_generator, run / RECIPE_FILE
         if started is None and own.is_file():  # the run may have been started with an override
             started = load_recipe(own).rtdmd.start_generator
         return [Path(started or first), second]

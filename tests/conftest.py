@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rtdmd.distributed.collectives import Ranks
     from tests.small_runs import World
 
 # Before torch and the hub's client are imported, and inherited by the ranks that tests start.
@@ -28,6 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """A process group of one."""
+    import torch
+    import torch.distributed as dist
+
+    from rtdmd.distributed.collectives import Ranks
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
 
 
 def _build_tiny_pipeline(family: str, factory: pytest.TempPathFactory) -> Path:

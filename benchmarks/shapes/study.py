@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from queue import Queue
 
 from benchmarks.gpus import visible_gpus
 from benchmarks.shapes.report import TEACHERS
+from rtdmd.processes import free_port
 
 RECIPE = "recipes/shapes.yaml"
 PICTURES = 4  # of each held-out caption
@@ -86,13 +86,6 @@ class Launch:
                 f"rtdmd.start_fake_score={cold / 'fake_score.pt'}",
             ]
         return [sys.executable, "train_ds.py", RECIPE, "--stage", stage, *overrides, *extra]
-
-
-def free_port() -> int:
-    """One that nobody listens on, so that other studies may run beside this one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Devices:

@@ -10,9 +10,8 @@ from typing import Any
 
 from rtdmd.errors import UserError
 from rtdmd.export.run import STAGES
-from rtdmd.runs import latest_checkpoint, read_progress
+from rtdmd.runs import METRICS_FILE, latest_checkpoint, read_progress
 
-METRICS_FILE = "metrics.jsonl"
 LAST = 0.1  # of a stage's records are averaged for its final values
 
 

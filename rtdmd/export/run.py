@@ -13,7 +13,7 @@ from rtdmd.models.lora import Adapter, plain_name
 from rtdmd.models.weights import architecture_shapes, check_adapter
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe, role_weights
-from rtdmd.runs import ended_early, latest_checkpoint, read_progress
+from rtdmd.runs import RECIPE_FILE, ended_early, latest_checkpoint, read_progress
 from rtdmd.sample import run_files
 
 STAGES = ("cold_start", "rtdmd")
@@ -60,7 +60,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, allow_unfinished: b
         raise UserError(
             f"{folder}: no such run; give the folder that training has written, such as runs/flux2_4b"
         )
-    recipe_file = folder / "recipe.yaml"
+    recipe_file = folder / RECIPE_FILE
     if not recipe_file.is_file():
         raise UserError(f"{folder}: has no recipe.yaml, so it is not the folder of a run")
     recipe = load_for_sampling(str(recipe_file), list(overrides))

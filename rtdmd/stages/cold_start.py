@@ -112,12 +112,13 @@ class ColdStart:
         """
         stop = self.draws.integer(iteration, "generator/stop", 1, len(self.few.sigmas))
         with torch.no_grad():
-            reached = self._rollout(iteration, "generator", batch, stop, num_steps=stop - 1)
+            reached = self._rollout(iteration, "generator", batch, stop, range(stop - 1))
         teacher, fake, generator = self.roles.teacher, self.roles.fake_score, self.roles.generator
         parts = self._parts(batch)
         for part in parts:
             micro = batch[part]
-            last = self._steps(iteration, "generator", micro, stop, reached.final[part], first=stop - 1)
+            state, last_step = reached.final[part], range(stop - 1, stop)
+            last = self._steps(iteration, "generator", micro, stop, state, last_step)
             samples = Samples(last.final, last.final_sigma, iteration, micro.indices)
             loss = self._matching.generator_loss(
                 teacher.velocity(micro.text), fake.velocity(micro.text), samples
@@ -126,24 +127,17 @@ class ColdStart:
             means.add("generator", {"distribution_matching": loss})
 
     def _rollout(
-        self, iteration: int, purpose: str, batch: Batch, stop: int, num_steps: int | None = None
+        self, iteration: int, purpose: str, batch: Batch, stop: int, steps: range | None = None
     ) -> Trajectory:
-        """The first ``num_steps`` steps of one that stops after ``stop``: by default all.
+        """From noise, those ``steps`` of a rollout that stops after ``stop`` of them; by default all.
 
         Of the whole batch at once: without gradient they need little memory.
         """
         initial = self._noise(iteration, f"{purpose}/initial", batch)
-        return self._steps(iteration, purpose, batch, stop, initial, num_steps=num_steps)
+        return self._steps(iteration, purpose, batch, stop, initial, range(stop) if steps is None else steps)
 
     def _steps(
-        self,
-        iteration: int,
-        purpose: str,
-        batch: Batch,
-        stop: int,
-        state: Tensor,
-        first: int = 0,
-        num_steps: int | None = None,
+        self, iteration: int, purpose: str, batch: Batch, stop: int, state: Tensor, steps: range
     ) -> Trajectory:
         # Cut off where a rollout stops, the schedule leads to the clean picture that its last step predicts.
         sigmas = self.few.sigmas if self.settings.sub_interval else self.few.sigmas[:stop]
@@ -153,8 +147,8 @@ class ColdStart:
             sigmas,
             self.few.eta,
             lambda step: self._noise(iteration, f"{purpose}/transition{step}", batch),
-            first=first,
-            num_steps=stop - first if num_steps is None else num_steps,
+            first=steps.start,
+            num_steps=len(steps),
         )
 
     def _noise(self, iteration: int, purpose: str, batch: Batch) -> Tensor:

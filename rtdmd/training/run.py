@@ -18,7 +18,7 @@ from rtdmd.evaluation.identity import Digests, differences
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
-from rtdmd.runs import ended_early, latest_checkpoint, read_progress
+from rtdmd.runs import METRICS_FILE, RECIPE_FILE, ended_early, latest_checkpoint, read_progress
 from rtdmd.stages.assemble import build_stage, preview_prompts
 from rtdmd.stages.networks import HandOver
 from rtdmd.termination import EXIT_INTERRUPTED, signal_came
@@ -30,7 +30,7 @@ from rtdmd.training.folder import occupy
 from rtdmd.training.loop import BASES, StageRun, StopRequest, training_identity
 from rtdmd.training.previews import Previews
 from rtdmd.training.stopping import StopRules
-from rtdmd.training.tracking import METRICS_FILE, Tracker
+from rtdmd.training.tracking import Tracker
 
 
 def train(recipe: Recipe, stages: list[str], max_steps: int | None = None) -> int:
@@ -122,7 +122,7 @@ def _run_stage(
     )
     torch.manual_seed(recipe.seed + ranks.rank)  # nothing of ours draws from it, reward models may
     first = stage_run.resume()
-    ranks.on_main_first(lambda: replace_text(run / "recipe.yaml", dump_recipe(recipe)))
+    ranks.on_main_first(lambda: replace_text(run / RECIPE_FILE, dump_recipe(recipe)))
     if first:
         _say(ranks, f"{name} goes on after step {first}")
     tracker = Tracker(run, name, first, stage.num_steps, recipe.tracking, ranks)

@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.recipe.schema import TrackingSection
+from rtdmd.runs import METRICS_FILE
 from rtdmd.training.checkpoint import replace_text
 
 _SHOWN = ("fake_score/loss", "generator/distribution_matching")
-
-METRICS_FILE = "metrics.jsonl"
 
 Sink = Callable[[str, int, dict[str, float]], None]
 

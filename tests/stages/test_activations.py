@@ -16,13 +16,6 @@ from rtdmd.stages.activations import GIB, AutomaticRecomputation, CudaMemory
 from tests.models.test_recomputation import Chain, block
 
 
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks(0, 1, torch.device("cpu"))
-    dist.destroy_process_group()
-
-
 class Scripted:
     """A device whose peaks are given, one for each time that is watched."""
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import Piece
 from rtdmd.errors import UserError
 from rtdmd.runs import read_progress
 from rtdmd.training.checkpoint import CheckpointStore
-from tests.distributed.launch import free_port
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield Ranks(0, 1, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 def cut(flat: torch.Tensor, bounds: list[int], name: str = "w") -> list[list[Piece]]:

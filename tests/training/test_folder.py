@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.errors import UserError
 from rtdmd.runs import latest_checkpoint, read_progress
 from rtdmd.training import folder
 from rtdmd.training.folder import LOCK_FILE, occupy
-from tests.distributed.launch import free_port
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield Ranks(0, 1, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 def test_a_folder_is_one_launchs_until_it_ends(tmp_path: Path, ranks: Ranks) -> None:

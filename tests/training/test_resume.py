@@ -26,10 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rtdmd.cli import main
+from rtdmd.processes import free_port
 from rtdmd.recipe import load_recipe
 from rtdmd.runs import read_progress
 from rtdmd.training.run import is_complete
-from tests.distributed.launch import ROOT, free_port, run_ranks
+from tests.distributed.launch import ROOT, run_ranks
 
 ITERATIONS, EPOCHS = 4, 2
 ROLES = ("teacher", "generator", "fake_score")
