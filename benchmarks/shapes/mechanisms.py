@@ -1,30 +1,38 @@
-"""Why the methods differ: the fake score's tracking error and the policy gradient's variance.
+"""Why the methods differ: the fake score's tracking error, the policy gradient's variance and the rewards'.
 
   python -m benchmarks.shapes.mechanisms tracking RUN [--to FILE]
   python -m benchmarks.shapes.mechanisms variance RUN [--to FILE]
+  python -m benchmarks.shapes.mechanisms sources RUN [--to FILE]
 
 RUN is the folder of a cold start that benchmarks/shapes/study.py trained. ``tracking``: how far the fake
 score is from one trained to convergence on the frozen generator. ``variance``: signal and noise of the policy
 gradient at the cold start's generator, at equal numbers of samples, by the number of drawn steps and with or
-without shared noise.
+without shared noise. ``sources``: how much of the rewards' variance within a prompt comes from the initial
+noise and from each stochastic step's, which is what sharing noise can take away.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.shapes.measure import WORLD, features
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
 from rtdmd.flow import renoise
+from rtdmd.models.guidance import predict_guided_velocity
+from rtdmd.prompts import PromptSet
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe
+from rtdmd.rewards.clip import ClipEncoder
+from rtdmd.rollout import paint
+from rtdmd.sample import Painter, SampleOptions, build_painter
 from rtdmd.stages.ac_dmd import Samples
 from rtdmd.stages.assemble import build_stage
 from rtdmd.stages.cold_start import ColdStart
@@ -47,7 +55,9 @@ PLAIN = [
     *(f"roles.{role}.compile=none" for role in ROLES),
 ]
 PROBES = 16  # batches on which velocities are compared
-EPOCHS = 24  # estimates of the policy gradient
+EPOCHS = 96  # estimates of the policy gradient
+PROMPTS = 128  # whose rewards' variance is measured
+REPEATS = 8  # pictures of each
 
 
 def resume_cold_start(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog) -> ColdStart:
@@ -151,22 +161,66 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     return gradient
 
 
+def sources(run: Path, recipe: Recipe, device: torch.device, num_prompts: int) -> dict[str, float]:
+    """Mean variance of CLIP's reward within a prompt while this noise alone varies, and while all does.
+
+    Keys are the purposes that noise is drawn for (``initial``, ``transition0``, …) and ``all``. The other
+    noise of a prompt stays the same, so that a value is the part of ``all`` that holding the noise would take
+    away, interactions included (a total effect: Homma and Saltelli 1996).
+    """
+    painter = build_painter(recipe, SampleOptions(run=run, stage="cold_start"), device)
+    encoder = ClipEncoder.load(str(WORLD / "clip"), device, torch.float32)
+    prompts = PromptSet.load(recipe.rtdmd.prompts).prompts[:num_prompts]
+    purposes = ["initial", *(f"transition{step}" for step in range(len(painter.few.sigmas) - 1))]
+    found = {
+        purpose: reward_variance(painter, encoder, prompts, {purpose}).mean().item() for purpose in purposes
+    }
+    return found | {"all": reward_variance(painter, encoder, prompts, set(purposes)).mean().item()}
+
+
+@torch.no_grad()
+def reward_variance(
+    painter: Painter, encoder: ClipEncoder, prompts: Sequence[str], varied: Collection[str]
+) -> Tensor:
+    """Each prompt's variance [N] of CLIP's reward over pictures that differ in the ``varied`` noise alone."""
+    family, network, few = painter.family, painter.network, painter.few
+    text, texts = family.encode_prompts(prompts), encoder.text_features(prompts)
+
+    def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
+        return predict_guided_velocity(family, network, x, sigma, text, painter.unconditional, 1.0)
+
+    scores = []
+    for repeat in range(REPEATS):
+
+        def noise(purpose: str, repeat: int = repeat) -> Tensor:
+            numbers = [repeat if purpose in varied else 0] * len(prompts)
+            return painter.noise(purpose, prompts, numbers)
+
+        pictures = features(encoder, paint(family, velocity, few, noise), painter.device)
+        scores.append((pictures * texts).sum(-1) * encoder.logit_scale / 100)
+    return torch.stack(scores).double().var(0)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=("tracking", "variance"))
+    parser.add_argument("kind", choices=("tracking", "variance", "sources"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--to", type=Path)
-    parser.add_argument("--length", type=int, help="iterations (tracking) or epochs (variance)")
+    parser.add_argument(
+        "--length", type=int, help="iterations (tracking), epochs (variance), prompts (sources)"
+    )
     options = parser.parse_args(arguments)
     recipe = load_for_sampling(str(options.run / "recipe.yaml"), PLAIN)
     ranks = start_ranks(3600)
     calls = CallLog(ranks)
     if options.kind == "tracking":
         found = tracking(options.run, recipe, ranks, calls, options.length or CONVERGENCE_ITERATIONS)
-    else:
+    elif options.kind == "variance":
         found = variance(options.run, recipe, ranks, calls, options.length or EPOCHS)
+    else:
+        found = sources(options.run, recipe, ranks.device, options.length or PROMPTS)
     stop_ranks()
     print(json.dumps(found, indent=2))
     if options.to:

@@ -1,12 +1,12 @@
 """The study: every variant of recipes/shapes.yaml for several seeds, shared out over the GPUs.
 
-  python -m benchmarks.shapes.study train --out runs/study --seeds 0 1 2 --parallel 6
-  python -m benchmarks.shapes.study measure --out runs/study --seeds 0 1 2
+  python -m benchmarks.shapes.study all --out runs/study --seeds 0 1 2 --parallel 3
   python -m benchmarks.shapes.study_report runs/study --to docs/shapes
 
-``train`` goes on where it was stopped, ``measure`` with what it lacks; ``--only`` chooses variants. Runs are
-``train_ds.py`` with overrides, one process each, ``--parallel`` of them at a time on each GPU (they are
-small: the GPU waits for the host). Logs are beside the runs.
+``all`` trains, and measures each run as soon as it is there; ``train`` and ``measure`` are its halves. They
+go on where they were stopped; ``--only`` chooses variants. Runs are ``train_ds.py`` with overrides, one
+process each, ``--parallel`` of them at a time on each GPU (they are small: the GPU waits for the host), and
+as many measurements. Logs are beside the runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from pathlib import Path
 from queue import Queue
 
 from benchmarks.gpus import visible_gpus
+from benchmarks.shapes.outcomes import euler
 from benchmarks.shapes.report import TEACHERS
 from rtdmd.processes import free_port
 
 RECIPE = "recipes/shapes.yaml"
 PICTURES = 4  # of each held-out caption
-MEASUREMENTS = ("outcomes", "variance", "tracking")
+# Twice as many network evaluations as steps; guidance is the best on validation captions, as in the report.
+SAMPLERS = {
+    "teacher, 50 steps": TEACHERS["teacher, 50 steps"],
+    "teacher, 25 steps": euler(25, 4.0),
+} | TEACHERS
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ COLD_STARTS = (
     Variant("ac_dmd"),
     Variant("ac_dmd_no_consistency", ("cold_start.consistency_weight=0",)),
     Variant("dmd", ("cold_start.consistency_weight=0", "cold_start.sub_interval=false")),
+    # The fake score has one update for each of the generator's instead of two.
+    Variant("one_update", ("cold_start.generator_every=1",)),
+    Variant("one_update_no_consistency", ("cold_start.generator_every=1", "cold_start.consistency_weight=0")),
 )
 TUNINGS = (
     Variant("rtdmd", start="ac_dmd"),
@@ -57,6 +65,12 @@ TUNINGS = (
     Variant("own_noise", ("rtdmd.shared_noise=false",), start="ac_dmd"),
 )
 VARIANTS = {variant.name: variant for variant in (*COLD_STARTS, *TUNINGS)}
+MECHANISMS = {  # and whose they are
+    "variance": ("ac_dmd",),
+    "sources": ("ac_dmd",),
+    "tracking": ("ac_dmd", "ac_dmd_no_consistency", "one_update", "one_update_no_consistency"),
+}
+MEASUREMENTS = ("outcomes", *MECHANISMS)
 
 
 @dataclass(frozen=True)
@@ -128,9 +142,10 @@ def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> It
             yield Launch(variant, seed, out)
 
 
-def chosen(variants: Sequence[Variant], options: argparse.Namespace) -> list[Variant]:
-    """Those that ``--only`` names, or all."""
-    return [variant for variant in variants if not options.only or variant.name in options.only]
+def chosen(variants: Sequence[Variant], options: argparse.Namespace) -> Iterator[Launch]:
+    """Launches of those that ``--only`` names, or of all."""
+    named = [variant for variant in variants if not options.only or variant.name in options.only]
+    return launches(named, options.seeds, options.out)
 
 
 def raise_failures(jobs: Sequence[Future[None]]) -> None:
@@ -142,63 +157,81 @@ def raise_failures(jobs: Sequence[Future[None]]) -> None:
         raise SystemExit(1)
 
 
-def train(options: argparse.Namespace) -> None:
-    """Cold starts, and what goes on from one as soon as it is there and a place is free."""
-    devices = Devices(options.parallel)
+@dataclass(frozen=True)
+class Measurement:
+    """One process that measures into ``NAME.json``, a run or (None) the teacher."""
 
-    def run(launch: Launch, start: Future[None] | None) -> None:
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    launch: Launch | None = None
+
+    def command(self, target: Path) -> list[str]:
+        return [
+            sys.executable, "-m", f"benchmarks.shapes.{self.module}", *self.arguments, "--to", str(target),
+        ]  # fmt: skip
+
+
+def measurements(options: argparse.Namespace) -> list[Measurement]:
+    """Outcomes of the teacher and all runs, mechanisms of cold starts: of those, what the options choose."""
+    pictures = ("--pictures", str(PICTURES), "--split", options.split)
+    found = []
+    for name, sampler in SAMPLERS.items():
+        setting = (str(len(sampler.sigmas)), str(sampler.guidance_scale))
+        found.append(Measurement(f"outcomes-{name}", "measure", (RECIPE, "--teacher", *setting, *pictures)))
+    for launch in chosen(list(VARIANTS.values()), options):
+        found.append(
+            Measurement(f"outcomes-{launch.name}", "measure", (str(launch.folder), *pictures), launch)
+        )
+    for kind, variants in MECHANISMS.items():
+        for launch in chosen([VARIANTS[name] for name in variants], options):
+            found.append(
+                Measurement(f"{kind}-{launch.name}", "mechanisms", (kind, str(launch.folder)), launch)
+            )
+    return [each for each in found if each.name.partition("-")[0] in options.measurements]
+
+
+def study(options: argparse.Namespace) -> None:
+    """Train, measure, or both: each job as soon as the run that it needs and a place are there."""
+    runs = [] if options.action == "measure" else list(chosen(list(VARIANTS.values()), options))
+    measured = [] if options.action == "train" else measurements(options)
+    folder = options.out / ("measured" if options.split == "test" else f"measured_{options.split}")
+    places, others = Devices(options.parallel), Devices(options.parallel)
+
+    def train(launch: Launch, start: Future[None] | None) -> None:
         log = launch.out / "logs" / f"{launch.name}.txt"
         done = log.with_suffix(".done")
         if done.exists():
             return
         if start is not None and start.exception():
             raise RuntimeError(f"{launch.name} has no cold start to go on from")
-        seconds = devices.run(launch.command(options.overrides), log)
+        seconds = places.run(launch.command(options.overrides), log)
         done.touch()
         print(f"{launch.name}: {seconds:.0f} s", flush=True)
 
-    jobs: dict[str, Future[None]] = {}
-    with ThreadPoolExecutor(len(VARIANTS) * len(options.seeds)) as threads:
-        for launch in launches(chosen(list(VARIANTS.values()), options), options.seeds, options.out):
-            start = jobs.get(f"{launch.variant.start}-{launch.seed}")
-            jobs[launch.name] = threads.submit(run, launch, start)
-        raise_failures(list(jobs.values()))
-
-
-def measure(options: argparse.Namespace) -> None:
-    """Outcomes of the teacher and all runs, mechanisms of cold starts, a process each, into JSON files."""
-    devices = Devices(options.parallel)
-    jobs: dict[str, list[str]] = {}
-    folder = options.out / ("measured" if options.split == "test" else f"measured_{options.split}")
-    pictures = ["--pictures", str(PICTURES), "--split", options.split]
-    for name, sampler in TEACHERS.items():
-        setting = [str(len(sampler.sigmas)), str(sampler.guidance_scale)]
-        jobs[f"outcomes-{name}"] = ["measure", RECIPE, "--teacher", *setting, *pictures]
-    for launch in launches(chosen((*COLD_STARTS, *TUNINGS), options), options.seeds, options.out):
-        jobs[f"outcomes-{launch.name}"] = ["measure", str(launch.folder), *pictures]
-    for launch in launches(chosen(COLD_STARTS[:1], options), options.seeds, options.out):
-        jobs[f"variance-{launch.name}"] = ["mechanisms", "variance", str(launch.folder)]
-    for launch in launches(chosen(COLD_STARTS[:2], options), options.seeds, options.out):
-        jobs[f"tracking-{launch.name}"] = ["mechanisms", "tracking", str(launch.folder)]
-
-    def run(name: str, job: list[str]) -> None:
-        target = folder / f"{name}.json"
-        if target.exists() or name.partition("-")[0] not in options.measurements:
+    def measure(measurement: Measurement, run: Future[None] | None) -> None:
+        target = folder / f"{measurement.name}.json"
+        if target.exists() or (run is not None and run.exception()):
             return
-        module, *arguments = job
-        command = [sys.executable, "-m", f"benchmarks.shapes.{module}", *arguments, "--to", str(target)]
-        seconds = devices.run(command, options.out / "logs" / f"{name}.txt")
+        seconds = others.run(measurement.command(target), options.out / "logs" / f"{measurement.name}.txt")
         print(f"{target}: {seconds:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(devices.count) as threads:
-        raise_failures([threads.submit(run, *job) for job in jobs.items()])
+    jobs: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(max(1, len(runs) + len(measured))) as threads:
+        for launch in runs:
+            start = jobs.get(f"{launch.variant.start}-{launch.seed}")
+            jobs[launch.name] = threads.submit(train, launch, start)
+        for each in measured:
+            needed = jobs.get(each.launch.name) if each.launch else None
+            jobs[each.name] = threads.submit(measure, each, needed)
+        raise_failures(list(jobs.values()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("train", "measure"))
+    parser.add_argument("action", choices=("train", "measure", "all"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for every run")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -208,8 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("validation", "test"), default="test", help="to choose by, or report"
     )
-    options = parser.parse_intermixed_args()
-    {"train": train, "measure": measure}[options.action](options)
+    study(parser.parse_intermixed_args())
 
 
 if __name__ == "__main__":

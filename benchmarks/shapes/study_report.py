@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.shapes.report import TEACHERS
-from benchmarks.shapes.study import COLD_STARTS, TUNINGS
+from benchmarks.shapes.study import COLD_STARTS, SAMPLERS, TUNINGS
 
 Values = dict[str, list[float]]  # a metric's values, one a seed
 
@@ -57,7 +56,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def outcomes_table(outcomes: dict[str, Values]) -> str:
     """A row for the teacher's samplers and each variant, in the study's order."""
-    order = [*TEACHERS, *(variant.name for variant in (*COLD_STARTS, *TUNINGS))]
+    order = [*SAMPLERS, *(variant.name for variant in (*COLD_STARTS, *TUNINGS))]
     rows = []
     for name in order:
         if name in outcomes:
@@ -66,8 +65,10 @@ def outcomes_table(outcomes: dict[str, Values]) -> str:
     return table(["", "runs", *(title for title, _, _ in COLUMNS.values())], rows)
 
 
-def mechanisms_tables(tracking: dict[str, Values], variance: dict[str, Values]) -> str:
-    """The fake score's tracking error, and the policy gradient's noise, signal and their ratio."""
+def mechanisms_tables(
+    tracking: dict[str, Values], variance: dict[str, Values], sources: dict[str, Values]
+) -> str:
+    """The fake score's tracking error, the policy gradient's noise and signal, where rewards vary from."""
     errors = [[name, spread(values["tracking_error"], 1.0, 4)] for name, values in tracking.items()]
     rows = []
     for values in variance.values():
@@ -78,10 +79,16 @@ def mechanisms_tables(tracking: dict[str, Values], variance: dict[str, Values]) 
             signal = mean(parts["signal"])
             ratio = f"{mean(parts['noise']) / signal:.0f}" if signal > 0 else "–"
             rows.append([setting, f"{mean(parts['noise']):.2e}", f"{signal:.2e}", ratio])
+    shares = []
+    for values in sources.values():
+        for noise in values:
+            of_all = [part / whole for part, whole in zip(values[noise], values["all"], strict=True)]
+            shares.append([noise, f"{mean(values[noise]):.2e}", spread(of_all, 100.0, 0)])
     return "\n\n".join(
         [
             table(["cold start", "tracking error"], errors),
             table(["policy gradient", "noise", "signal", "noise / signal"], rows),
+            table(["noise that varies", "variance of rewards", "% of all"], shares),
         ]
     )
 
@@ -98,7 +105,7 @@ def outcomes_figure(outcomes: dict[str, Values], path: Path) -> None:
             values = [value * scale for value in outcomes[name][key]]
             axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
             axis.plot([place - 0.25, place + 0.25], [mean(values)] * 2, color="tab:blue")
-        for name, style in zip(TEACHERS, ("-", "--", ":"), strict=True):
+        for name, style in zip(SAMPLERS, ("-", "-.", "--", ":"), strict=True):
             if name in outcomes:
                 axis.axhline(mean(outcomes[name][key]) * scale, color="gray", linestyle=style, label=name)
         axis.set_xticks(range(len(names)))
@@ -156,7 +163,8 @@ def main() -> None:
     outcomes = read(measured, "outcomes")
     options.to.mkdir(parents=True, exist_ok=True)
     text = outcomes_table(outcomes)
-    text += "\n\n" + mechanisms_tables(read(measured, "tracking"), read(measured, "variance"))
+    kinds = ("tracking", "variance", "sources")
+    text += "\n\n" + mechanisms_tables(*(read(measured, kind) for kind in kinds))
     (options.to / "study.md").write_text(text + "\n", encoding="utf-8")
     outcomes_figure(outcomes, options.to / "study_outcomes.png")
     curves_figure(options.runs, options.to / "study_curves.png")

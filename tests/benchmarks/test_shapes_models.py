@@ -14,6 +14,7 @@ from benchmarks.shapes import outcomes
 from benchmarks.shapes.autoencoder import encode, normalise
 from benchmarks.shapes.judge_clip import choice_accuracy
 from benchmarks.shapes.measure import Judges, background_entropy
+from benchmarks.shapes.mechanisms import REPEATS, reward_variance
 from benchmarks.shapes.outcomes import euler, judge, paint_many
 from benchmarks.shapes.pictures import Drawn, draw, to_unit
 from benchmarks.shapes.report import NUM_SHIPPED, TEACHERS, read_teacher
@@ -21,6 +22,8 @@ from rtdmd.cli import main
 from rtdmd.models.flux2 import Flux2Family
 from rtdmd.models.weights import WeightSource, load_network
 from rtdmd.recipe import load_recipe
+from rtdmd.rewards.clip import ClipEncoder
+from rtdmd.sample import SampleOptions, build_painter
 from rtdmd.schedules import sd3_sigmas
 from rtdmd.shapes.captions import Caption, Group
 from rtdmd.shapes.drawing import draw_pictures
@@ -142,6 +145,25 @@ def test_judges_score_true_pictures_well(others: Drawn) -> None:
     wrong = shifted.measure(images)
     assert wrong["accuracy"] < 0.2
     assert wrong["clip"] < found["clip"] - 0.1
+
+
+def test_rewards_vary_with_the_noise_that_varies() -> None:
+    prompts = ["a red circle", "two small green crosses"]
+    painter = build_painter(load_recipe("recipes/shapes.yaml"), SampleOptions(), CPU)
+    encoder = ClipEncoder.load(str(WORLD / "clip"), CPU, torch.float32)
+    assert reward_variance(painter, encoder, prompts, set()).tolist() == [0, 0]
+    found = reward_variance(
+        painter, encoder, prompts, {"initial", "transition0", "transition1", "transition2"}
+    )
+    texts = encoder.text_features(prompts)
+    scores = [
+        (encoder.image_features(painter.paint(prompts, [repeat] * 2)) * texts).sum(-1)
+        for repeat in range(REPEATS)
+    ]
+    expected = (torch.stack(scores) * encoder.logit_scale / 100).double().var(0)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    one = reward_variance(painter, encoder, prompts, {"transition2"})
+    assert (one > 0).all()
 
 
 def test_rtdmd_evaluate_measures_the_same(

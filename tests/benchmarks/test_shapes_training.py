@@ -114,8 +114,9 @@ def test_every_variant_of_the_study_is_a_sound_recipe(tmp_path) -> None:
 
 
 def test_what_has_no_cold_start_to_go_on_from_says_so(tmp_path, monkeypatch, capsys) -> None:
-    command = ["study", "train", "no.such_field=1", "--out", str(tmp_path), "--seeds", "0"]
-    monkeypatch.setattr(sys, "argv", [*command, "--only", "ac_dmd", "rtdmd"])
+    command = ["study", "all", "no.such_field=1", "--out", str(tmp_path), "--seeds", "0"]
+    chosen = ["--only", "ac_dmd", "rtdmd", "--measurements", "sources", "tracking"]
+    monkeypatch.setattr(sys, "argv", [*command, *chosen])
     with pytest.raises(SystemExit) as caught:
         study.main()
     assert caught.value.code == 1
@@ -123,7 +124,7 @@ def test_what_has_no_cold_start_to_go_on_from_says_so(tmp_path, monkeypatch, cap
     assert f"{tmp_path}/logs/ac_dmd-0.txt: exit code 2" in said
     assert "rtdmd-0 has no cold start to go on from" in said
     assert "no.such_field" in (tmp_path / "logs" / "ac_dmd-0.txt").read_text()
-    assert not (tmp_path / "logs" / "rtdmd-0.txt").exists()
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == ["ac_dmd-0.txt"]  # nothing is measured
 
 
 def test_a_launch_says_where_it_goes(tmp_path) -> None:
