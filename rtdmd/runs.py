@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rtdmd.errors import UserError
+from rtdmd.files import read_json
 
 LATEST = "latest"  # names the last complete checkpoint
 STATE = "state.json"  # of a checkpoint: step, world size, update counts
@@ -35,17 +35,10 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint's ``state.json`` holds. UserError if that can't be read."""
-    return _read_json(checkpoint / STATE, "name an older step in 'latest'")
+    return read_json(checkpoint / STATE, "name an older step in 'latest'")
 
 
 def ended_early(stage: Path, step: int) -> bool:
     """Whether a rule has ended the stage in this folder for good, after ``step`` steps."""
     ending = stage / ENDING_FILE
-    return ending.is_file() and _read_json(ending, "remove it")["step"] == step
-
-
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); {advice}") from error
+    return ending.is_file() and read_json(ending, "remove it")["step"] == step

@@ -29,7 +29,7 @@ class Rule:
 
 
 MATHEMATICS = ("flow", "schedules", "objectives")
-BASICS = (*MATHEMATICS, "errors", "randomness", "transfer")
+BASICS = (*MATHEMATICS, "errors", "files", "randomness", "transfer")
 PARTS = ("images", "models", "rewards", "prompts", "rollout", "recipe")
 EVERYTHING = (*BASICS, *PARTS, "scheduler", "distributed", "stages", "training")
 TOOLS = ("sample", "evaluation", "export", "plan", "doctor")
@@ -41,7 +41,8 @@ RULES: dict[str, Rule] = {
     "transfer": Rule(outside=("torch",)),
     "randomness": Rule(("transfer",), outside=("torch", "numpy", "triton")),
     "processes": Rule(("errors",), outside=("torch",)),
-    "runs": Rule(("errors",), outside=()),
+    "files": Rule(("errors",), outside=()),
+    "runs": Rule(("errors", "files"), outside=()),
     "termination": Rule(outside=()),
     "images": Rule(outside=("torch", "PIL")),
     "shapes": Rule(("errors",), outside=("numpy", "scipy")),

@@ -7,8 +7,8 @@
 RUN is the folder of a cold start that benchmarks/shapes/study.py trained. ``tracking``: how far the fake
 score is from one trained to convergence on the frozen generator. ``variance``: signal and noise of the policy
 gradient at the cold start's generator, at equal numbers of samples, by the number of drawn steps and with or
-without shared noise. ``sources``: how much of the rewards' variance within a prompt comes from the initial
-noise and from each stochastic step's, which is what sharing noise can take away.
+without shared noise. ``sources``: how rewards vary within a prompt while one of its noises varies alone, or
+all but one, as where that one is shared.
 """
 
 from __future__ import annotations
@@ -162,20 +162,23 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
 
 
 def sources(run: Path, recipe: Recipe, device: torch.device, num_prompts: int) -> dict[str, float]:
-    """Mean variance of CLIP's reward within a prompt while this noise alone varies, and while all does.
+    """Mean variance of CLIP's reward within a prompt while all noise varies, one alone, or all but one.
 
-    Keys are the purposes that noise is drawn for (``initial``, ``transition0``, …) and ``all``. The other
-    noise of a prompt stays the same, so that a value is the part of ``all`` that holding the noise would take
-    away, interactions included (a total effect: Homma and Saltelli 1996).
+    Noise goes by the purpose that it is drawn for (``initial``, ``transition0``, …). What doesn't vary is the
+    prompt's own. As shares of ``all``, a noise alone is its total effect (Homma and Saltelli 1996), and what
+    ``all but`` it lacks to 1 is its first-order effect, which sharing that noise takes away.
     """
     painter = build_painter(recipe, SampleOptions(run=run, stage="cold_start"), device)
     encoder = ClipEncoder.load(str(WORLD / "clip"), device, torch.float32)
     prompts = PromptSet.load(recipe.rtdmd.prompts).prompts[:num_prompts]
     purposes = ["initial", *(f"transition{step}" for step in range(len(painter.few.sigmas) - 1))]
-    found = {
-        purpose: reward_variance(painter, encoder, prompts, {purpose}).mean().item() for purpose in purposes
+    varied = {purpose: {purpose} for purpose in purposes}
+    varied |= {f"all but {purpose}": {*purposes} - {purpose} for purpose in purposes}
+    varied["all"] = {*purposes}
+    return {
+        name: reward_variance(painter, encoder, prompts, noises).mean().item()
+        for name, noises in varied.items()
     }
-    return found | {"all": reward_variance(painter, encoder, prompts, set(purposes)).mean().item()}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from rtdmd.evaluation.statistics import (
     by_stratum,
     win_rate,
 )
-from rtdmd.evaluation.store import write_whole
+from rtdmd.files import replace_file
 
 _Key = tuple[str, str, str]
 
@@ -244,13 +244,13 @@ class Results:
         full = [{name: row.get(name) for name in names} for row in rows]
         stored = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(full, schema=_schema(names)), stored)
-        write_whole(folder / "scores.parquet", stored.getvalue())
+        replace_file(folder / "scores.parquet", stored.getvalue())
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(folder / "scores.jsonl", lines.encode())
+        replace_file(folder / "scores.jsonl", lines)
         summary = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
-        write_whole(folder / "results.json", summary.encode())
-        write_whole(folder / "report.md", self.report().encode())
-        write_whole(folder / "table.tex", self.table(intervals=False).latex().encode())
+        replace_file(folder / "results.json", summary)
+        replace_file(folder / "report.md", self.report())
+        replace_file(folder / "table.tex", self.table(intervals=False).latex())
 
 
 def _schema(names: Sequence[str]) -> pyarrow.Schema:

@@ -38,7 +38,8 @@ from rtdmd.evaluation.sets import (
     match_rewards,
 )
 from rtdmd.evaluation.specs import ModelSpec, parse_spec
-from rtdmd.evaluation.store import Store, write_whole
+from rtdmd.evaluation.store import Store
+from rtdmd.files import replace_file, replacing
 from rtdmd.images import to_pictures
 from rtdmd.processes import Report, run_processes, shares
 from rtdmd.recipe.schema import EvaluationModelSection, Recipe, RewardSection
@@ -239,16 +240,14 @@ def _save_picture(plan: Plan, batch: Batch, number: int, picture: Image.Image) -
     prompts = plan.sets[batch.prompts]
     owner, image = divmod(number, prompts.images_per_prompt)
     path = plan.picture(batch.model, batch.prompts, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial.png")
     metadata = {
         "prompt": prompts.prompts.prompts[owner],
         "image_number": str(image),
         "seed": str(plan.recipe.evaluation.seed),
         "model": batch.model,
     }
-    save_picture(picture, beside, metadata)
-    beside.replace(path)
+    with replacing(path, shared=True) as beside:
+        save_picture(picture, beside, metadata)
 
 
 def collect(plan: Plan, reference: Tensor | None) -> Results:
@@ -295,5 +294,5 @@ def _reference(plan: Plan) -> Tensor | None:
         return None
     vision = load_vision(plan.features, pick_device(plan.options.devices[0]))
     features = reference_features(plan.options.reference, vision)
-    write_whole(plan.options.out / "reference.safetensors", save({FEATURES: features.contiguous()}))
+    replace_file(plan.options.out / "reference.safetensors", save({FEATURES: features.contiguous()}))
     return features

@@ -6,8 +6,6 @@ MODEL/SET/identity.json                   what the scores depend on
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,19 +18,9 @@ from torch import Tensor
 
 from rtdmd.errors import UserError
 from rtdmd.evaluation.identity import Identity, as_json, differences
+from rtdmd.files import read_json, replace_file
 
 _BATCH = re.compile(r"(\d{6,})-(\d{6,})\.safetensors")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then move it there: it is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 class Store:
@@ -47,10 +35,7 @@ class Store:
         path = self.folder / "identity.json"
         if not path.is_file():
             return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}; remove {self.folder}") from error
+        before = read_json(path, f"remove {self.folder}")
         changed = differences(before, identity)
         if changed:
             raise UserError(
@@ -60,7 +45,7 @@ class Store:
 
     def claim(self, identity: Identity) -> None:
         """Write down what the scores depend on."""
-        write_whole(self.folder / "identity.json", as_json(identity).encode())
+        replace_file(self.folder / "identity.json", as_json(identity), shared=True)
 
     def missing(self, batch_size: int, has_picture: Callable[[int], bool]) -> list[range]:
         """The batches to do, in order; ``has_picture`` says which pictures are kept, where they shall be.
@@ -81,7 +66,8 @@ class Store:
     def write(self, batch: range, tensors: Mapping[str, Tensor]) -> None:
         """Keep what was measured of the pictures of ``batch``, one row each."""
         name = f"{batch.start:06d}-{batch.stop:06d}.safetensors"
-        write_whole(self.folder / name, to_bytes({key: value.contiguous() for key, value in tensors.items()}))
+        rows = {key: value.contiguous() for key, value in tensors.items()}
+        replace_file(self.folder / name, to_bytes(rows), shared=True)
 
     def read(self) -> dict[str, Tensor]:
         """Everything, one row a picture. UserError if a file can't be read or pictures are missing."""

@@ -6,7 +6,6 @@ rank ever holds a whole model; adapters of an earlier stage are merged into just
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rtdmd.errors import UserError
+from rtdmd.files import read_json
 from rtdmd.models.lora import Adapter, plain_name
 
 WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_ADVICE = "fetch the model again"
 
 
 def transformer_folder(weights: str, revision: str | None = None) -> Path:
@@ -78,14 +79,6 @@ def architecture_shapes(
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """UserError if the file is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); fetch the model again") from error
-
-
 def _opened(path: Path) -> Any:
     """Tensors of a safetensors file. UserError if it is damaged."""
     try:
@@ -123,12 +116,12 @@ class WeightSource:
     @property
     def config(self) -> dict[str, Any]:
         """The transformer's configuration, for ``from_config``."""
-        return _read_json(self.folder / "config.json")
+        return read_json(self.folder / "config.json", _ADVICE)
 
     def _index(self) -> dict[str, Path]:
         """File of each tensor."""
         if (self.folder / WEIGHTS_INDEX).is_file():
-            weight_map = _read_json(self.folder / WEIGHTS_INDEX)["weight_map"]
+            weight_map = read_json(self.folder / WEIGHTS_INDEX, _ADVICE)["weight_map"]
             return {name: self.folder / file for name, file in weight_map.items()}
         single = self.folder / WEIGHTS_FILE
         if not single.is_file():

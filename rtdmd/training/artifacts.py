@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
+from rtdmd.files import replacing
 
 GENERATOR_FILE = "generator_ema.pt"
 BEST_FILE = "generator_ema.best.pt"  # of the best checkpoint, while a stage with stop_when runs
@@ -30,10 +31,8 @@ def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ra
             state[name] = tensor.detach().to("cpu", copy=True)
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".partial")
-        torch.save(state, beside)
-        beside.replace(path)
+        with replacing(path) as beside:
+            torch.save(state, beside)
 
     ranks.on_main_first(write)
     return state
@@ -41,6 +40,5 @@ def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ra
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file beside its place, then move it there. Call on rank 0."""
-    beside = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, beside)
-    beside.replace(target)
+    with replacing(target) as beside:
+        shutil.copyfile(source, beside)

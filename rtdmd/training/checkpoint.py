@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import Piece
 from rtdmd.errors import UserError
+from rtdmd.files import replace_file
 from rtdmd.runs import LATEST, STATE, latest_checkpoint, read_progress
 
 # role → kind → pieces
@@ -35,16 +36,6 @@ State = Mapping[str, Mapping[str, Sequence[Piece]]]
 _BEST = "best"
 _PARTIAL = ".partial"  # ends the hidden names of what isn't whole yet, or any more
 _RNG = "rng/torch"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then move it there."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
@@ -101,15 +92,15 @@ class CheckpointStore:
             os.fsync(file.fileno())  # on the disk before `latest` names it
 
     def _complete(self, partial: Path, final: Path, record: dict[str, Any], best: int | None) -> None:
-        replace_text(partial / STATE, json.dumps(record, indent=2))
+        replace_file(partial / STATE, json.dumps(record, indent=2))
         if final.exists():
             _set_aside(final)
         partial.replace(final)
-        replace_text(self._folder / LATEST, final.name)
+        replace_file(self._folder / LATEST, final.name)
         if best is None:
             (self._folder / _BEST).unlink(missing_ok=True)
         else:
-            replace_text(self._folder / _BEST, _folder_name(best))
+            replace_file(self._folder / _BEST, _folder_name(best))
         # Steps beyond this one are of a run that was wound back.
         others = sorted(path for path in self._folder.glob("step-*") if path != final)
         earlier = [path for path in others if path.name < final.name]

@@ -13,6 +13,7 @@ from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.masters import MASTER
 from rtdmd.errors import UserError
 from rtdmd.evaluation.identity import Digests
+from rtdmd.files import replace_file
 from rtdmd.models.adapters import save_diffusers_lora
 from rtdmd.models.blocks import num_compiled_graphs
 from rtdmd.models.weights import transformer_folder
@@ -29,7 +30,7 @@ from rtdmd.training.artifacts import (
     copy_file,
     save_state_dict,
 )
-from rtdmd.training.checkpoint import CheckpointStore, replace_text
+from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.previews import Previews
@@ -157,7 +158,7 @@ class StageRun:
             self._write_generator()
         ending = {"step": step, "best_step": self.rules.best_step, "reason": self.rules.reason}
         text = json.dumps(ending, indent=2)
-        self.ranks.on_main_first(lambda: replace_text(self.folder / ENDING_FILE, text))
+        self.ranks.on_main_first(lambda: replace_file(self.folder / ENDING_FILE, text))
 
     def execute(self, tracker: Tracker, first: int, stop: StopRequest) -> bool:
         """Run steps ``first`` … to the end; whether it got there (else it was asked to stop)."""

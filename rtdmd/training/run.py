@@ -15,6 +15,7 @@ from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog, Watchdog
 from rtdmd.errors import UserError
 from rtdmd.evaluation.identity import Digests, differences
+from rtdmd.files import replace_file
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe import dump_recipe
 from rtdmd.recipe.schema import Recipe
@@ -23,7 +24,7 @@ from rtdmd.stages.assemble import build_stage, preview_prompts
 from rtdmd.stages.networks import HandOver
 from rtdmd.termination import EXIT_INTERRUPTED, signal_came
 from rtdmd.training.artifacts import FAKE_SCORE_FILE, GENERATOR_FILE, copy_file
-from rtdmd.training.checkpoint import CheckpointStore, replace_text
+from rtdmd.training.checkpoint import CheckpointStore
 from rtdmd.training.ema import Ema
 from rtdmd.training.evaluations import Evaluations
 from rtdmd.training.folder import occupy
@@ -122,7 +123,7 @@ def _run_stage(
     )
     torch.manual_seed(recipe.seed + ranks.rank)  # nothing of ours draws from it, reward models may
     first = stage_run.resume()
-    ranks.on_main_first(lambda: replace_text(run / RECIPE_FILE, dump_recipe(recipe)))
+    ranks.on_main_first(lambda: replace_file(run / RECIPE_FILE, dump_recipe(recipe)))
     if first:
         _say(ranks, f"{name} goes on after step {first}")
     tracker = Tracker(run, name, first, stage.num_steps, recipe.tracking, ranks)
@@ -153,7 +154,7 @@ def _begin(stages: Sequence[str], recipe: Recipe, run: Path) -> None:
         for stage in stages:
             _move_aside(run, stage)
         if job is not None:
-            replace_text(marker, job)
+            replace_file(marker, job)
 
 
 def _move_aside(run: Path, stage: str) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rtdmd.distributed.collectives import Ranks
+from rtdmd.files import replace_file
 from rtdmd.recipe.schema import TrackingSection
 from rtdmd.runs import METRICS_FILE
-from rtdmd.training.checkpoint import replace_text
 
 _SHOWN = ("fake_score/loss", "generator/distribution_matching")
 
@@ -86,7 +86,7 @@ def forget_after(path: Path, stage: str, step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _is_kept(line, stage, step)]
     if len(kept) != len(lines):
-        replace_text(path, "".join(line + "\n" for line in kept))
+        replace_file(path, "".join(line + "\n" for line in kept))
 
 
 def _is_kept(line: str, stage: str, step: int) -> bool:

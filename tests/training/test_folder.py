@@ -50,5 +50,7 @@ def test_a_lost_pointer_costs_no_checkpoint(tmp_path: Path) -> None:
     older = latest_checkpoint(tmp_path)
     assert older is not None and older.name == "step-000002"
     (older / "state.json").write_text('{"step": ')
-    with pytest.raises(UserError, match=r"state.json: damaged \(.*\); name an older step in 'latest'"):
+    with pytest.raises(
+        UserError, match=r"state.json: missing or damaged \(.*\); name an older step in 'latest'"
+    ):
         read_progress(older)
