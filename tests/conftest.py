@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """Or a later test's can't begin: which one that is depends on how the workers share them out."""
+    yield
+    if "torch.distributed" in sys.modules:
+        group = sys.modules["torch.distributed"]
+        left = group.is_available() and group.is_initialized()
+        if left:
+            group.destroy_process_group()
+        assert not left, "the test has left a process group"
 
 
 @pytest.fixture

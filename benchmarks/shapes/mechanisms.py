@@ -56,7 +56,7 @@ PLAIN = [
 ]
 PROBES = 16  # batches on which velocities are compared
 EPOCHS = 96  # estimates of the policy gradient
-PROMPTS = 128  # whose rewards' variance is measured
+PROMPTS = 512  # whose rewards' variance is measured
 REPEATS = 8  # pictures of each
 
 

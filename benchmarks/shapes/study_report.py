@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.shapes.study import COLD_STARTS, SAMPLERS, TUNINGS
+from benchmarks.shapes.study import SAMPLERS, TUNINGS, VARIANTS
 
 Values = dict[str, list[float]]  # a metric's values, one a seed
 
@@ -56,7 +56,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def outcomes_table(outcomes: dict[str, Values]) -> str:
     """A row for the teacher's samplers and each variant, in the study's order."""
-    order = [*SAMPLERS, *(variant.name for variant in (*COLD_STARTS, *TUNINGS))]
+    order = [*SAMPLERS, *VARIANTS]
     rows = []
     for name in order:
         if name in outcomes:
@@ -81,31 +81,31 @@ def mechanisms_tables(
             rows.append([setting, f"{mean(parts['noise']):.2e}", f"{signal:.2e}", ratio])
     shares = []
     for values in sources.values():
-        for noise in values:
-            of_all = [part / whole for part, whole in zip(values[noise], values["all"], strict=True)]
-            shares.append([noise, f"{mean(values[noise]):.2e}", spread(of_all, 100.0, 0)])
+        whole = mean(values["all"])
+        for noise, variances in values.items():
+            shares.append([noise, f"{mean(variances):.2e}", f"{mean(variances) / whole:.0%}"])
     return "\n\n".join(
         [
             table(["cold start", "tracking error"], errors),
             table(["policy gradient", "noise", "signal", "noise / signal"], rows),
-            table(["noise that varies", "variance of rewards", "% of all"], shares),
+            table(["noise that varies", "variance of rewards", "of all"], shares),
         ]
     )
 
 
 def outcomes_figure(outcomes: dict[str, Values], path: Path) -> None:
-    """Accuracy and CLIP reward of every variant, a dot a seed, between the teacher's two lines."""
+    """Accuracy, CLIP reward and backgrounds of every variant, a dot a seed; lines are the slow teachers."""
     from matplotlib import pyplot
 
-    names = [variant.name for variant in (*COLD_STARTS, *TUNINGS) if variant.name in outcomes]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
-    for axis, key in zip(axes, ("accuracy", "clip"), strict=True):
+    names = [name for name in VARIANTS if name in outcomes]
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.4))
+    for axis, key in zip(axes, ("accuracy", "clip", "background_entropy"), strict=True):
         title, scale, _ = COLUMNS[key]
         for place, name in enumerate(names):
             values = [value * scale for value in outcomes[name][key]]
             axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
             axis.plot([place - 0.25, place + 0.25], [mean(values)] * 2, color="tab:blue")
-        for name, style in zip(SAMPLERS, ("-", "-.", "--", ":"), strict=True):
+        for name, style in {"teacher, 50 steps": "-", "teacher, 25 steps": "--"}.items():
             if name in outcomes:
                 axis.axhline(mean(outcomes[name][key]) * scale, color="gray", linestyle=style, label=name)
         axis.set_xticks(range(len(names)))
@@ -118,7 +118,7 @@ def outcomes_figure(outcomes: dict[str, Values], path: Path) -> None:
 
 
 def curves_figure(runs: Path, path: Path) -> None:
-    """The training reward by epoch, mean over seeds of running means over 10 epochs."""
+    """The training reward by epoch, mean over seeds of running means over 30 epochs."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
@@ -140,7 +140,7 @@ def curves_figure(runs: Path, path: Path) -> None:
     pyplot.close(figure)
 
 
-def rewards_of(metrics: Path, window: int = 10) -> list[float]:
+def rewards_of(metrics: Path, window: int = 30) -> list[float]:
     """Running means of ``reward/clipscore``."""
     records: list[dict[str, Any]] = [
         json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()

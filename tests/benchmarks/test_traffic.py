@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import scaling, traffic, train_step
 from benchmarks.full_size import size_of
+from rtdmd.distributed.collectives import stop_ranks
 from rtdmd.distributed.sharding import BlockShards
 from rtdmd.models import get_family
 from rtdmd.recipe import load_recipe
@@ -120,7 +121,10 @@ def test_a_base_in_shards_is_gathered_as_often_as_counted(
         "1",
         "--no-save",
     ]
-    result = train_step.main(["recipes/flux2_4b.yaml", *overrides, *arguments, "--stops", "2"])
+    try:
+        result = train_step.main(["recipes/flux2_4b.yaml", *overrides, *arguments, "--stops", "2"])
+    finally:
+        stop_ranks()
     assert result["error"] is None
     recipe = load_recipe(
         "recipes/flux2_4b.yaml", ["rtdmd.num_sample_batches=2", *train_step.TINY_OVERRIDES, *overrides]
