@@ -19,9 +19,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     It is on the disk before, so that after a power cut, too, ``path`` is the old file or the new one. A block
     that fails leaves ``path`` as it was, and nothing beside it; what a killed process leaves, the next one
     overwrites, unless ``shared`` says that several may write at once and gives each a name of its own. The
-    name has the suffix of ``path``. Folders are made.
+    name is ``STEM.partial`` with the suffix of ``path`` (:func:`is_partial`).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{os.getpid()}" if shared else ""
     beside = path.with_name(f"{path.stem}{own}.partial{path.suffix}")
     try:
@@ -34,6 +33,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
 
 
+def is_partial(path: Path) -> bool:
+    """Whether this is what a killed process has left beside a file."""
+    return Path(path.stem).suffix == ".partial"
+
+
 def replace_file(path: Path, content: str | bytes, *, shared: bool = False) -> None:
     """Write a file as a whole, see :func:`replacing`; text as UTF-8."""
     with replacing(path, shared=shared) as beside:
@@ -41,11 +45,16 @@ def replace_file(path: Path, content: str | bytes, *, shared: bool = False) -> N
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """The mapping in a JSON file. UserError with ``advice`` if it is missing or damaged, or holds none."""
+    """The mapping in a JSON file.
+
+    UserError if it can't be read, and with ``advice`` if it is missing or damaged, or holds none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{path}: missing or damaged ({error}); {advice}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not a mapping; {advice}")
     return content

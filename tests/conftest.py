@@ -38,12 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_process_group_is_left() -> Iterator[None]:
     """Or a later test's can't begin: which one that is depends on how the workers share them out."""
     yield
-    if "torch.distributed" in sys.modules:
-        group = sys.modules["torch.distributed"]
-        left = group.is_available() and group.is_initialized()
-        if left:
-            group.destroy_process_group()
-        assert not left, "the test has left a process group"
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        from rtdmd.distributed.collectives import stop_ranks
+
+        stop_ranks()
+        pytest.fail("the test has left a process group")
 
 
 @pytest.fixture
@@ -52,11 +51,11 @@ def ranks() -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    from rtdmd.distributed.collectives import Ranks
+    from rtdmd.distributed.collectives import Ranks, stop_ranks
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Ranks(0, 1, torch.device("cpu"))
-    dist.destroy_process_group()
+    stop_ranks()
 
 
 def _build_tiny_pipeline(family: str, factory: pytest.TempPathFactory) -> Path:

@@ -25,6 +25,7 @@ from benchmarks.shapes.outcomes import Sampler, euler
 from benchmarks.shapes.pictures import to_unit
 from rtdmd.evaluation.distances import frechet_distance
 from rtdmd.evaluation.statistics import by_stratum
+from rtdmd.files import replace_file
 from rtdmd.recipe import load_for_sampling
 from rtdmd.rewards.clip import ClipEncoder
 from rtdmd.sample import Painter, SampleOptions, build_painter, pick_device
@@ -144,7 +145,7 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if options.to:
         options.to.parent.mkdir(parents=True, exist_ok=True)
-        options.to.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        replace_file(options.to, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

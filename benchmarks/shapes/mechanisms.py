@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.shapes.measure import WORLD, features
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
+from rtdmd.files import replace_file
 from rtdmd.flow import renoise
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.prompts import PromptSet
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(found, indent=2))
     if options.to:
         options.to.parent.mkdir(parents=True, exist_ok=True)
-        options.to.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        replace_file(options.to, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

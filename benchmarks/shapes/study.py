@@ -26,10 +26,12 @@ from benchmarks.gpus import visible_gpus
 from benchmarks.shapes.outcomes import euler
 from benchmarks.shapes.report import TEACHERS
 from rtdmd.processes import free_port
+from rtdmd.recipe import dump_recipe, load_checked
+from rtdmd.runs import RECIPE_FILE
 
 RECIPE = "recipes/shapes.yaml"
 PICTURES = 4  # of each held-out caption
-# Twice as many network evaluations as steps; guidance is the best on validation captions, as in the report.
+# Guidance is the best on validation captions, as in the report; it takes two network evaluations a step.
 SAMPLERS = {
     "teacher, 50 steps": TEACHERS["teacher, 50 steps"],
     "teacher, 25 steps": euler(25, 4.0),
@@ -89,8 +91,8 @@ class Launch:
     def folder(self) -> Path:
         return self.out / self.name
 
-    def command(self, extra: Sequence[str]) -> list[str]:
-        stage = self.variant.stage
+    def overrides(self, extra: Sequence[str]) -> list[str]:
+        """Of the recipe, ``extra`` ones last."""
         overrides = [f"name={self.name}", f"output={self.out}", f"seed={self.seed}", *self.variant.overrides]
         overrides.append("preview.num_images=0")  # a network that is one graph is compiled for them once more
         if self.variant.start is not None:
@@ -99,7 +101,20 @@ class Launch:
                 f"rtdmd.start_generator={cold / 'generator_ema.pt'}",
                 f"rtdmd.start_fake_score={cold / 'fake_score.pt'}",
             ]
-        return [sys.executable, "train_ds.py", RECIPE, "--stage", stage, *overrides, *extra]
+        return [*overrides, *extra]
+
+    def command(self, extra: Sequence[str]) -> list[str]:
+        stage = self.variant.stage
+        return [sys.executable, "train_ds.py", RECIPE, "--stage", stage, *self.overrides(extra)]
+
+    def check_recipe(self, extra: Sequence[str]) -> None:
+        """RuntimeError if the run that is there is another recipe's."""
+        recipe, _ = load_checked(RECIPE, self.overrides(extra), world_size=1, stage=self.variant.stage)
+        if (self.folder / RECIPE_FILE).read_text(encoding="utf-8") != dump_recipe(recipe):
+            raise RuntimeError(
+                f"{self.folder}: was trained with another recipe ({RECIPE_FILE} there); "
+                "choose another --out, or remove it and its log's .done"
+            )
 
 
 class Devices:
@@ -110,7 +125,6 @@ class Devices:
         self._free: Queue[str | None] = Queue()
         for gpu in gpus * parallel:
             self._free.put(gpu)
-        self.count = parallel * len(gpus)
 
     def run(self, command: Sequence[str], log: Path) -> float:
         """Run a command on a free place, waiting for one; the seconds it took. RuntimeError if it fails."""
@@ -201,10 +215,13 @@ def study(options: argparse.Namespace) -> None:
     def train(launch: Launch, start: Future[None] | None) -> None:
         log = launch.out / "logs" / f"{launch.name}.txt"
         done = log.with_suffix(".done")
-        if done.exists():
-            return
         if start is not None and start.exception():
             raise RuntimeError(f"{launch.name} has no cold start to go on from")
+        if done.exists():
+            launch.check_recipe(options.overrides)
+            return
+        for measured_before in launch.out.glob(f"measured*/*-{launch.name}.json"):
+            measured_before.unlink()
         seconds = places.run(launch.command(options.overrides), log)
         done.touch()
         print(f"{launch.name}: {seconds:.0f} s", flush=True)

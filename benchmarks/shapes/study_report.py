@@ -124,7 +124,7 @@ def curves_figure(runs: Path, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 3.4))
     for variant in TUNINGS:
         curves = [
-            rewards_of(folder / "metrics.jsonl") for folder in sorted(runs.glob(f"{variant.name}-[0-9]*"))
+            rewards_of(metrics) for metrics in sorted(runs.glob(f"{variant.name}-[0-9]*/metrics.jsonl"))
         ]
         if curves:
             length = min(map(len, curves))

@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from rtdmd.errors import UserError
 from rtdmd.evaluation.sets import EvaluationSet
 from rtdmd.evaluation.specs import ModelSpec
+from rtdmd.files import is_partial
 from rtdmd.recipe.schema import Recipe, RewardSection, role_weights
 from rtdmd.sample import TEACHER_STEPS, SampleOptions, few_timesteps, run_files
 
@@ -93,7 +94,8 @@ class Digests:
 def _of_local(path: Path) -> str:
     if path.is_file():
         return _of_file(path)
-    files = sorted(file for file in path.rglob("*") if file.suffix in _LOADED and file.is_file())
+    loaded = [file for file in path.rglob("*") if file.suffix in _LOADED and not is_partial(file)]
+    files = sorted(file for file in loaded if file.is_file())
     parts = [f"{file.relative_to(path).as_posix()} {_of_file(file)}\n" for file in files]
     return sha256("".join(parts).encode()).hexdigest()
 

@@ -239,18 +239,19 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write scores.parquet, scores.jsonl, results.json, report.md and table.tex."""
+        folder.mkdir(parents=True, exist_ok=True)
         rows = list(self.rows())
         names = list(dict.fromkeys(name for row in rows for name in row))
         full = [{name: row.get(name) for name in names} for row in rows]
         stored = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(full, schema=_schema(names)), stored)
-        replace_file(folder / "scores.parquet", stored.getvalue())
+        replace_file(folder / "scores.parquet", stored.getvalue(), shared=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        replace_file(folder / "scores.jsonl", lines)
+        replace_file(folder / "scores.jsonl", lines, shared=True)
         summary = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
-        replace_file(folder / "results.json", summary)
-        replace_file(folder / "report.md", self.report())
-        replace_file(folder / "table.tex", self.table(intervals=False).latex())
+        replace_file(folder / "results.json", summary, shared=True)
+        replace_file(folder / "report.md", self.report(), shared=True)
+        replace_file(folder / "table.tex", self.table(intervals=False).latex(), shared=True)
 
 
 def _schema(names: Sequence[str]) -> pyarrow.Schema:

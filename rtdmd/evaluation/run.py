@@ -246,7 +246,8 @@ def _save_picture(plan: Plan, batch: Batch, number: int, picture: Image.Image) -
         "seed": str(plan.recipe.evaluation.seed),
         "model": batch.model,
     }
-    with replacing(path, shared=True) as beside:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
         save_picture(picture, beside, metadata)
 
 
@@ -294,5 +295,7 @@ def _reference(plan: Plan) -> Tensor | None:
         return None
     vision = load_vision(plan.features, pick_device(plan.options.devices[0]))
     features = reference_features(plan.options.reference, vision)
-    replace_file(plan.options.out / "reference.safetensors", save({FEATURES: features.contiguous()}))
+    plan.options.out.mkdir(parents=True, exist_ok=True)
+    content = save({FEATURES: features.contiguous()})
+    replace_file(plan.options.out / "reference.safetensors", content, shared=True)
     return features

@@ -45,6 +45,7 @@ class Store:
 
     def claim(self, identity: Identity) -> None:
         """Write down what the scores depend on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / "identity.json", as_json(identity), shared=True)
 
     def missing(self, batch_size: int, has_picture: Callable[[int], bool]) -> list[range]:

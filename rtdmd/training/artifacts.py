@@ -31,6 +31,7 @@ def save_state_dict(tensors: Iterator[tuple[str, Tensor]], path: Path, ranks: Ra
             state[name] = tensor.detach().to("cpu", copy=True)
 
     def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             torch.save(state, beside)
 

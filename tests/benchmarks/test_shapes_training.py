@@ -16,7 +16,7 @@ from benchmarks.shapes.study import COLD_STARTS, TUNINGS, Launch, launches
 from benchmarks.shapes.teacher import HalfCopy
 from benchmarks.shapes.training import Average, Schedule
 from rtdmd.models.tiny_tokenizers import qwen_tokenizer
-from rtdmd.recipe import load_checked
+from rtdmd.recipe import dump_recipe, load_checked
 
 
 def test_noise_to_signal_by_hand() -> None:
@@ -125,6 +125,24 @@ def test_what_has_no_cold_start_to_go_on_from_says_so(tmp_path, monkeypatch, cap
     assert "rtdmd-0 has no cold start to go on from" in said
     assert "no.such_field" in (tmp_path / "logs" / "ac_dmd-0.txt").read_text()
     assert [file.name for file in (tmp_path / "logs").iterdir()] == ["ac_dmd-0.txt"]  # nothing is measured
+
+
+def test_a_finished_run_is_not_mistaken_for_another_recipes(tmp_path, monkeypatch, capsys) -> None:
+    launch = Launch(COLD_STARTS[0], 0, tmp_path)
+    recipe, _ = load_checked(study.RECIPE, launch.overrides([]), world_size=1, stage="cold_start")
+    for folder in (launch.folder, tmp_path / "logs"):
+        folder.mkdir()
+    (launch.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "logs" / "ac_dmd-0.done").touch()
+    options = ["--out", str(tmp_path), "--seeds", "0", "--only", "ac_dmd"]
+    monkeypatch.setattr(sys, "argv", ["study", "train", *options])
+    study.main()  # nothing is left to do
+    monkeypatch.setattr(sys, "argv", ["study", "train", "cold_start.iterations=7", *options])
+    with pytest.raises(SystemExit) as caught:
+        study.main()
+    assert caught.value.code == 1
+    assert not (tmp_path / "logs" / "ac_dmd-0.txt").exists()
+    assert f"{launch.folder}: was trained with another recipe" in capsys.readouterr().err
 
 
 def test_a_launch_says_where_it_goes(tmp_path) -> None:
