@@ -28,6 +28,7 @@ from benchmarks.shapes.report import TEACHERS
 from rtdmd.processes import free_port
 from rtdmd.recipe import dump_recipe, load_checked
 from rtdmd.runs import RECIPE_FILE
+from rtdmd.termination import EXIT_INTERRUPTED
 
 RECIPE = "recipes/shapes.yaml"
 PICTURES = 4  # of each held-out caption
@@ -125,10 +126,18 @@ class Devices:
         self._free: Queue[str | None] = Queue()
         for gpu in gpus * parallel:
             self._free.put(gpu)
+        self._closed = False
+
+    def close(self) -> None:
+        """Let nothing more begin."""
+        self._closed = True
 
     def run(self, command: Sequence[str], log: Path) -> float:
         """Run a command on a free place, waiting for one; the seconds it took. RuntimeError if it fails."""
         gpu = self._free.get()
+        if self._closed:
+            self._free.put(gpu)  # to the next that waits
+            raise RuntimeError(f"{log}: was not begun")
         environment = os.environ | {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
@@ -241,7 +250,12 @@ def study(options: argparse.Namespace) -> None:
         for each in measured:
             needed = jobs.get(each.launch.name) if each.launch else None
             jobs[each.name] = threads.submit(measure, each, needed)
-        raise_failures(list(jobs.values()))
+        try:
+            raise_failures(list(jobs.values()))
+        except KeyboardInterrupt:  # what runs has had it, too
+            places.close()
+            others.close()
+            raise
 
 
 def main() -> None:
@@ -258,7 +272,10 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("validation", "test"), default="test", help="to choose by, or report"
     )
-    study(parser.parse_intermixed_args())
+    try:
+        study(parser.parse_intermixed_args())
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 if __name__ == "__main__":

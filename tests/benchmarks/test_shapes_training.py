@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from benchmarks.shapes.teacher import HalfCopy
 from benchmarks.shapes.training import Average, Schedule
 from rtdmd.models.tiny_tokenizers import qwen_tokenizer
 from rtdmd.recipe import dump_recipe, load_checked
+from rtdmd.termination import EXIT_INTERRUPTED
 
 
 def test_noise_to_signal_by_hand() -> None:
@@ -143,6 +148,25 @@ def test_a_finished_run_is_not_mistaken_for_another_recipes(tmp_path, monkeypatc
     assert caught.value.code == 1
     assert not (tmp_path / "logs" / "ac_dmd-0.txt").exists()
     assert f"{launch.folder}: was trained with another recipe" in capsys.readouterr().err
+
+
+def test_ctrl_c_lets_nothing_more_begin(tmp_path) -> None:
+    options = ["--only", "ac_dmd", "--seeds", "0", "1", "--parallel", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.shapes.study", "train", *options],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("logs/*.txt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in said
+    assert len(list(tmp_path.glob("logs/*"))) == 1
 
 
 def test_a_launch_says_where_it_goes(tmp_path) -> None:
