@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +80,13 @@ class Painter:
     draws: Draws
     device: torch.device
 
-    @torch.no_grad()
     def paint(self, prompts: Sequence[str], image_numbers: Sequence[int] | None = None) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32; ``image_numbers`` tell several of one prompt apart."""
-        numbers = [0] * len(prompts) if image_numbers is None else image_numbers
+        return self.paint_with(prompts, lambda purpose: self.noise(purpose, prompts, image_numbers))
+
+    @torch.no_grad()
+    def paint_with(self, prompts: Sequence[str], noise: Callable[[str], Tensor]) -> Tensor:
+        """The same from the latents [B, C, H, W] that ``noise`` gives for each purpose (rollout.paint)."""
         text = self.family.encode_prompts(prompts)
 
         def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class Painter:
                 self.family, self.network, x, sigma, text, self.unconditional, self.guidance_scale
             )
 
-        return paint(self.family, velocity, self.few, lambda purpose: self.noise(purpose, prompts, numbers))
+        return paint(self.family, velocity, self.few, noise)
 
     def noise(
         self, purpose: str, prompts: Sequence[str], image_numbers: Sequence[int] | None = None

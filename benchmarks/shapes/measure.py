@@ -76,8 +76,7 @@ class Judges:
         for name, encoder in (("clip", self.reward), ("monitor_clip", self.monitor)):
             pictures = features(encoder, images, self.references.device)
             texts = encoder.text_features(self.prompts).repeat(times, 1)
-            scores = (pictures * texts).sum(-1) * encoder.logit_scale / 100
-            found[name] = scores.tolist()
+            found[name] = rewards(encoder, pictures, texts).tolist()
         return found
 
     def measure(self, images: Tensor) -> dict[str, float]:
@@ -101,6 +100,11 @@ def features(encoder: ClipEncoder, images: Tensor, device: torch.device) -> Tens
     return torch.cat([encoder.image_features(part.to(device)) for part in images.split(256)])
 
 
+def rewards(encoder: ClipEncoder, pictures: Tensor, texts: Tensor) -> Tensor:
+    """CLIP's rewards [N] from the embeddings of pictures and of their captions, [N, D] each."""
+    return (pictures * texts).sum(-1) * encoder.logit_scale / 100
+
+
 def background_entropy(images: Tensor) -> float:
     """Entropy in bits of the backgrounds' colours, which no caption names; at most log2 of their number."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -118,6 +122,15 @@ def generator_sampler(painter: Painter) -> Sampler:
 def paint(painter: Painter, prompts: Sequence[str], sampler: Sampler, pictures: int = 1) -> Tensor:
     """So many pictures of each prompt, with seeds from 0: those of the first seed come first."""
     return outcomes.paint_many(painter.family, painter.network, prompts, sampler, seeds=range(pictures))
+
+
+def tell(found: dict[str, float], to: Path | None) -> None:
+    """Print numbers as JSON, and write them to a file, if one is named."""
+    text = json.dumps(found, indent=2)
+    print(text)
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(to, text + "\n")
 
 
 def main() -> None:
@@ -142,10 +155,7 @@ def main() -> None:
         sampler = generator_sampler(painter)
     judges = Judges.load(options.split, options.count, device)
     found = judges.measure(paint(painter, judges.prompts, sampler, options.pictures))
-    print(json.dumps(found, indent=2))
-    if options.to:
-        options.to.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(options.to, json.dumps(found, indent=2) + "\n")
+    tell(found, options.to)
 
 
 if __name__ == "__main__":

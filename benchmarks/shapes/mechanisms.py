@@ -14,7 +14,6 @@ all but one, as where that one is shared.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.shapes.measure import WORLD, features
+from benchmarks.shapes.measure import WORLD, features, rewards, tell
 from rtdmd.distributed.collectives import Ranks, start_ranks, stop_ranks
 from rtdmd.distributed.guard import CallLog
-from rtdmd.files import replace_file
 from rtdmd.flow import renoise
-from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.prompts import PromptSet
 from rtdmd.recipe import load_for_sampling
 from rtdmd.recipe.schema import Recipe
 from rtdmd.rewards.clip import ClipEncoder
-from rtdmd.rollout import paint
 from rtdmd.sample import Painter, SampleOptions, build_painter
 from rtdmd.stages.ac_dmd import Samples
 from rtdmd.stages.assemble import build_stage
@@ -187,12 +183,7 @@ def reward_variance(
     painter: Painter, encoder: ClipEncoder, prompts: Sequence[str], varied: Collection[str]
 ) -> Tensor:
     """Each prompt's variance [N] of CLIP's reward over pictures that differ in the ``varied`` noise alone."""
-    family, network, few = painter.family, painter.network, painter.few
-    text, texts = family.encode_prompts(prompts), encoder.text_features(prompts)
-
-    def velocity(x: Tensor, sigma: float | Tensor) -> Tensor:
-        return predict_guided_velocity(family, network, x, sigma, text, painter.unconditional, 1.0)
-
+    texts = encoder.text_features(prompts)
     scores = []
     for repeat in range(REPEATS):
 
@@ -200,8 +191,8 @@ def reward_variance(
             numbers = [repeat if purpose in varied else 0] * len(prompts)
             return painter.noise(purpose, prompts, numbers)
 
-        pictures = features(encoder, paint(family, velocity, few, noise), painter.device)
-        scores.append((pictures * texts).sum(-1) * encoder.logit_scale / 100)
+        pictures = features(encoder, painter.paint_with(prompts, noise), painter.device)
+        scores.append(rewards(encoder, pictures, texts))
     return torch.stack(scores).double().var(0)
 
 
@@ -226,10 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         found = sources(options.run, recipe, ranks.device, options.length or PROMPTS)
     stop_ranks()
-    print(json.dumps(found, indent=2))
-    if options.to:
-        options.to.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(options.to, json.dumps(found, indent=2) + "\n")
+    tell(found, options.to)
 
 
 if __name__ == "__main__":

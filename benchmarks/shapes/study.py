@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +165,9 @@ def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> It
             yield Launch(variant, seed, out)
 
 
-def chosen(variants: Sequence[Variant], options: argparse.Namespace) -> Iterator[Launch]:
-    """Launches of those that ``--only`` names, or of all."""
-    named = [variant for variant in variants if not options.only or variant.name in options.only]
+def chosen(names: Iterable[str], options: argparse.Namespace) -> Iterator[Launch]:
+    """Launches of those variants that ``--only`` names, or of all."""
+    named = [VARIANTS[name] for name in names if not options.only or name in options.only]
     return launches(named, options.seeds, options.out)
 
 
@@ -202,12 +202,12 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
     for name, sampler in SAMPLERS.items():
         setting = (str(len(sampler.sigmas)), str(sampler.guidance_scale))
         found.append(Measurement(f"outcomes-{name}", "measure", (RECIPE, "--teacher", *setting, *pictures)))
-    for launch in chosen(list(VARIANTS.values()), options):
+    for launch in chosen(VARIANTS, options):
         found.append(
             Measurement(f"outcomes-{launch.name}", "measure", (str(launch.folder), *pictures), launch)
         )
-    for kind, variants in MECHANISMS.items():
-        for launch in chosen([VARIANTS[name] for name in variants], options):
+    for kind, names in MECHANISMS.items():
+        for launch in chosen(names, options):
             found.append(
                 Measurement(f"{kind}-{launch.name}", "mechanisms", (kind, str(launch.folder)), launch)
             )
@@ -216,7 +216,7 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
 
 def study(options: argparse.Namespace) -> None:
     """Train, measure, or both: each job as soon as the run that it needs and a place are there."""
-    runs = [] if options.action == "measure" else list(chosen(list(VARIANTS.values()), options))
+    runs = [] if options.action == "measure" else list(chosen(VARIANTS, options))
     measured = [] if options.action == "train" else measurements(options)
     folder = options.out / ("measured" if options.split == "test" else f"measured_{options.split}")
     places, others = Devices(options.parallel), Devices(options.parallel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def engine_config(path: str | Path, dtype: Dtype, max_grad_norm: float | None) -
     Raises:
         UserError: DeepSpeed doesn't know a key of the file's ``zero_optimization``, or not such a value.
     """
-    config: dict[str, Any] = copy.deepcopy(json.loads(Path(path).read_text()))
+    config: dict[str, Any] = json.loads(Path(path).read_text())
     try:
         get_zero_config(config)
     except ValidationError as error:

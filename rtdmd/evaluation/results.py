@@ -239,7 +239,6 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write scores.parquet, scores.jsonl, results.json, report.md and table.tex."""
-        folder.mkdir(parents=True, exist_ok=True)
         rows = list(self.rows())
         names = list(dict.fromkeys(name for row in rows for name in row))
         full = [{name: row.get(name) for name in names} for row in rows]

@@ -295,7 +295,7 @@ def _reference(plan: Plan) -> Tensor | None:
         return None
     vision = load_vision(plan.features, pick_device(plan.options.devices[0]))
     features = reference_features(plan.options.reference, vision)
-    plan.options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(plan.options.out)
     content = save({FEATURES: features.contiguous()})
     replace_file(plan.options.out / "reference.safetensors", content, shared=True)
     return features

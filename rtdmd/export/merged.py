@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from rtdmd.errors import UserError
 from rtdmd.export.run import FinishedRun
 from rtdmd.files import read_json
-from rtdmd.models.weights import WEIGHTS_FILE, WEIGHTS_INDEX, WeightSource
+from rtdmd.models.weights import FETCH_AGAIN, WEIGHTS_FILE, WEIGHTS_INDEX, WeightSource
 
 MAX_SHARD_BYTES = 2 * 2**30
 
@@ -32,7 +32,7 @@ def write_merged(run: FinishedRun, folder: Path, *, link: bool = False) -> None:
     UserError if the base can't be read.
     """
     pipeline = pipeline_folder(run)
-    index = read_json(pipeline / "model_index.json", "fetch the model again")
+    index = read_json(pipeline / "model_index.json", FETCH_AGAIN)
     folder.mkdir(parents=True)
     for name in _components(index):
         if name != "scheduler":

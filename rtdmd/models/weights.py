@@ -22,7 +22,7 @@ from rtdmd.models.lora import Adapter, plain_name
 
 WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_ADVICE = "fetch the model again"
+FETCH_AGAIN = "fetch the model again"
 
 
 def transformer_folder(weights: str, revision: str | None = None) -> Path:
@@ -84,7 +84,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")
     except Exception as error:  # safetensors' errors have no common class
-        raise UserError(f"{path}: missing or damaged ({error}); fetch the model again") from error
+        raise UserError(f"{path}: missing or damaged ({error}); {FETCH_AGAIN}") from error
 
 
 class WeightSource:
@@ -116,12 +116,12 @@ class WeightSource:
     @property
     def config(self) -> dict[str, Any]:
         """The transformer's configuration, for ``from_config``."""
-        return read_json(self.folder / "config.json", _ADVICE)
+        return read_json(self.folder / "config.json", FETCH_AGAIN)
 
     def _index(self) -> dict[str, Path]:
         """File of each tensor."""
         if (self.folder / WEIGHTS_INDEX).is_file():
-            weight_map = read_json(self.folder / WEIGHTS_INDEX, _ADVICE)["weight_map"]
+            weight_map = read_json(self.folder / WEIGHTS_INDEX, FETCH_AGAIN)["weight_map"]
             return {name: self.folder / file for name, file in weight_map.items()}
         single = self.folder / WEIGHTS_FILE
         if not single.is_file():
