@@ -59,8 +59,11 @@ def rtdmd_forwards(recipe: Recipe) -> int:
     settings = recipe.rtdmd
     steps = len(recipe.schedule.timesteps)
     both = 1 + _backward(recipe.roles.generator)
-    policy = settings.num_policy_steps * both if settings.policy_weight > 0 else 0
-    return steps + _fake_score(recipe, settings) + policy + both + _teacher(recipe) + 1
+    drawn = settings.num_policy_steps
+    everywhere = settings.matched_steps == "trained"
+    trained = 1 + (drawn if settings.policy_weight > 0 or everywhere else 0)
+    matched = 1 + (drawn if everywhere else 0)
+    return steps + trained * both + matched * (_fake_score(recipe, settings) + _teacher(recipe) + 1)
 
 
 def matrix_ceiling(device: torch.device, dtype: torch.dtype, size: int) -> float:

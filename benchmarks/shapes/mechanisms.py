@@ -123,7 +123,11 @@ def variance(run: Path, recipe: Recipe, ranks: Ranks, calls: CallLog, epochs: in
         ("2 steps, own noise", 2, False),
     ):
         section = replace(
-            recipe.rtdmd, num_policy_steps=steps, shared_noise=shared, reward_backprop=no_backprop
+            recipe.rtdmd,
+            num_policy_steps=steps,
+            shared_noise=shared,
+            matched_steps="last",
+            reward_backprop=no_backprop,
         )
         stage = build_stage("rtdmd", replace(recipe, rtdmd=section), ranks, calls, hand_over)
         assert isinstance(stage, Rtdmd)
@@ -151,7 +155,7 @@ def _policy_gradient(stage: Rtdmd, epoch: int) -> Tensor:
     engine = stage.roles.generator.engine
     terms = [(micro, step) for micro in micro_batches for step in drawn]
     for number, (micro, step) in enumerate(terms):
-        loss = micro.share * stage._policy_term(micro, step, means) / len(terms)
+        loss = micro.share * stage._drawn_step_term(epoch, micro, step, means) / len(terms)
         engine.backward(loss, last=number == len(terms) - 1)
     gradient = torch.cat([part.flatten() for _, part in engine.masters.gradients()])
     engine.network.module.zero_grad()

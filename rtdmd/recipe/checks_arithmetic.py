@@ -25,9 +25,11 @@ def check_arithmetic(report: Report, recipe: Recipe, *, world_size: int, stages:
         return
     _check_micro_batches(report, recipe)
     if "cold_start" in stages:
-        _check_interval(report, recipe, "cold_start", _noisiest_stop(recipe))
+        noisiest = _noisiest_outcome(recipe) if recipe.cold_start.sub_interval else 0.0
+        _check_interval(report, recipe, "cold_start", noisiest)
     if "rtdmd" in stages:
-        _check_interval(report, recipe, "rtdmd", 0.0)
+        noisiest = _noisiest_outcome(recipe) if recipe.rtdmd.matched_steps == "trained" else 0.0
+        _check_interval(report, recipe, "rtdmd", noisiest)
         _check_policy_steps(report, recipe)
         _check_groups(report, recipe.rtdmd, world_size)
 
@@ -74,13 +76,8 @@ def _check_micro_batches(report: Report, recipe: Recipe) -> None:
             report.fault(key, micro, f"does not divide {batch_key} = {batch}; {advice}")
 
 
-def _noisiest_stop(recipe: Recipe) -> float:
-    """The highest sigma at which a rollout of stage 1 can stop: the one after its first step.
-
-    0 without sub-intervals, where each rollout ends at a clean picture.
-    """
-    if not recipe.cold_start.sub_interval:
-        return 0.0
+def _noisiest_outcome(recipe: Recipe) -> float:
+    """The highest sigma that a step leads to, usually the first."""
     family_sigmas = FAMILY_SIGMAS.get(recipe.model.family)
     timesteps, shift = recipe.schedule.timesteps, recipe.schedule.shift
     is_usable = all(0 < step <= 1000 for step in timesteps) and (shift is None or shift > 0)
@@ -104,7 +101,7 @@ def _check_interval(report: Report, recipe: Recipe, stage: str, stop: float) -> 
         report.fault(
             f"{stage}.min_interval_timesteps",
             interval,
-            f"a rollout may stop at sigma {stop:.4f}, so t would start at {1000 * stop + interval:.4g}, "
+            f"states at sigma {stop:.4f} are matched, so t would start at {1000 * stop + interval:.4g}, "
             f"above {stage}.timestep_range[1] = {end:g}; {lower}widen the range, or lower schedule.timesteps",
         )
 

@@ -33,6 +33,11 @@ class Samples:
     sigma: float
     step: int  # iteration or epoch
     indices: Sequence[int]  # global sample indices
+    transition: int | None = None  # tells apart the draws for several states of the same samples
+
+    def purpose(self, name: str) -> str:
+        """Of a draw."""
+        return name if self.transition is None else f"{name}/after{self.transition}"
 
 
 class AmbientMatching:
@@ -43,13 +48,14 @@ class AmbientMatching:
         self._settings = settings
 
     def _noise(self, samples: Samples, purpose: str) -> Tensor:
-        states = samples.states
+        states, purpose = samples.states, samples.purpose(purpose)
         return self._draws.normal(samples.step, purpose, samples.indices, states.shape[1:], states.device)
 
     def _sigma_t(self, samples: Samples, purpose: str) -> Tensor:
         """t ~ U[1000·s + interval, 1000] in timesteps, clamped to the range, as sigma [B]."""
         lowest = 1000 * samples.sigma + self._settings.min_interval_timesteps
-        uniform = self._draws.uniform(samples.step, purpose, samples.indices, samples.states.device)
+        purpose, device = samples.purpose(purpose), samples.states.device
+        uniform = self._draws.uniform(samples.step, purpose, samples.indices, device)
         timesteps = (lowest + uniform * (1000 - lowest)).clamp(*self._settings.timestep_range)
         return timesteps / 1000
 
@@ -69,9 +75,8 @@ class AmbientMatching:
         if settings.consistency_weight == 0:
             return ambient, metrics
 
-        back = self._draws.integers(
-            samples.step, "fake/delta", samples.indices, 1, settings.consistency_max_timesteps, t.device
-        )
+        purpose, longest = samples.purpose("fake/delta"), settings.consistency_max_timesteps
+        back = self._draws.integers(samples.step, purpose, samples.indices, 1, longest, t.device)
         earlier = (t - back.to(t) / 1000).clamp_min(0.0)
         with torch.no_grad():
             moved = [

@@ -56,6 +56,7 @@ class Rtdmd:
         self.texts = texts
         self.panel = panel
         self.few = steps
+        self._last_step = len(steps.sigmas) - 1
         self._matching = matching
         self.draws = draws
         self._ranks = ranks
@@ -73,11 +74,9 @@ class Rtdmd:
         """Epoch 0, 1, …"""
         means = Means()
         self.roles.set_learning_rates(self.settings, epoch, self.num_steps)
-        drawn = self.draws.subset(
-            epoch, "policy_steps", len(self.few.sigmas) - 1, self.settings.num_policy_steps
-        )
+        drawn = self.draws.subset(epoch, "policy_steps", self._last_step, self.settings.num_policy_steps)
         records, scores = self._sample(epoch, drawn)
-        fake_norm = self._update_fake_score(epoch, records, means)
+        fake_norm = self._update_fake_score(epoch, records, drawn, means)
         advantages = self._advantages(records, scores, means)
         generator_norm = self._update_generator(epoch, records, advantages, drawn, means)
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
@@ -167,27 +166,48 @@ class Rtdmd:
 
         velocity = self.roles.generator.velocity(texts.of(prompt_ids))
         trajectory = rollout(velocity, noise("initial", indices), self.few.sigmas, self.few.eta, step_noise)
-        log_probs = {step: self._log_prob(trajectory, step, trajectory.velocities[step]) for step in drawn}
+        log_probs = {
+            step: cps_log_prob(
+                trajectory.states[step + 1], self._mean(trajectory, step, trajectory.velocities[step])
+            )
+            for step in drawn
+        }
         taken = replace(trajectory, velocities=[])  # nothing needs them any more
         return Record(indices, prompt_ids, texts, taken, log_probs)
 
-    def _log_prob(self, trajectory: Trajectory, step: int, velocity: Tensor) -> Tensor:
-        """Log-probability [B] of the transition that was taken at ``step``, under ``velocity``."""
+    def _mean(self, trajectory: Trajectory, step: int, velocity: Tensor) -> Tensor:
+        """Of the transition from ``step``'s state under ``velocity``."""
         sigma, sigma_next = trajectory.sigmas[step], trajectory.sigmas[step + 1]
         mean, _ = cps_transition(trajectory.states[step], velocity, sigma, sigma_next, self.few.eta)
-        return cps_log_prob(trajectory.states[step + 1], mean)
+        return mean
 
-    def _update_fake_score(self, epoch: int, records: list[Record], means: Means) -> float:
-        """One step of the fake score on the clean samples (s = 0) of the whole epoch."""
+    def _matched(self, drawn: Sequence[int]) -> list[int]:
+        """Steps whose outcomes' distribution is matched, and learnt by the fake score."""
+        return [*(drawn if self.settings.matched_steps == "trained" else ()), self._last_step]
+
+    def _update_fake_score(
+        self, epoch: int, records: list[Record], drawn: Sequence[int], means: Means
+    ) -> float:
+        """One step of the fake score on the whole epoch, at all states that are to be matched."""
         size = self.settings.fake_score_micro_batch_size or self.settings.sample_batch_size
-        micro_batches = [micro for record in records for micro in record.split(size)]
+        parts = [
+            (micro, step)
+            for record in records
+            for micro in record.split(size)
+            for step in self._matched(drawn)
+        ]
         fake = self.roles.fake_score
-        for number, micro in enumerate(micro_batches):
-            samples = Samples(micro.trajectory.final, 0.0, epoch, micro.indices)
-            loss, parts = self._matching.fake_score_loss(fake.velocity(micro.sample_text), samples)
-            fake.engine.backward(loss / len(micro_batches), last=number == len(micro_batches) - 1)
-            means.add("fake_score", parts | {"loss": loss})
+        for number, (micro, step) in enumerate(parts):
+            samples = self._samples(epoch, micro, step, micro.trajectory.states[step + 1])
+            loss, found = self._matching.fake_score_loss(fake.velocity(micro.sample_text), samples)
+            fake.engine.backward(loss / len(parts), last=number == len(parts) - 1)
+            means.add("fake_score", found | {"loss": loss})
         return fake.engine.step().grad_norm
+
+    def _samples(self, epoch: int, record: Record, step: int, states: Tensor) -> Samples:
+        """``states`` as what ``step`` led to."""
+        transition = None if step == self._last_step else step
+        return Samples(states, record.trajectory.sigmas[step + 1], epoch, record.indices, transition)
 
     def _advantages(self, records: list[Record], scores: EpochScores, means: Means) -> list[Tensor]:
         """This rank's advantages per record, normalised over all samples of all ranks."""
@@ -211,14 +231,14 @@ class Rtdmd:
         drawn: Sequence[int],
         means: Means,
     ) -> float:
-        """Policy loss on the drawn steps, distribution matching and reward hinge on the last."""
-        engine, settings = self.roles.generator.engine, self.settings
+        """Policy loss on the drawn steps, reward hinge on the last, distribution matching where it is due."""
+        engine = self.roles.generator.engine
         micro_batches = self._weigh(records, advantages)
         scale = 1 / (len(micro_batches) * (len(drawn) + 1))
         for number, micro in enumerate(micro_batches):
-            for step in drawn if settings.policy_weight > 0 else ():
-                policy = self._policy_term(micro, step, means)
-                engine.backward(settings.policy_weight * scale * micro.share * policy, last=False)
+            for step in drawn if self._trains_drawn else ():
+                term = self._drawn_step_term(epoch, micro, step, means)
+                engine.backward(scale * micro.share * term, last=False)
             final = self._last_step_term(epoch, micro, means)
             engine.backward(scale * micro.share * final, last=number == len(micro_batches) - 1)
         return engine.step().grad_norm
@@ -244,13 +264,31 @@ class Rtdmd:
             for (micro, chosen), weight, share in zip(parts, weights, shares, strict=True)
         ]
 
-    def _policy_term(self, micro: Weighted, step: int, means: Means) -> Tensor:
+    @property
+    def _trains_drawn(self) -> bool:
+        return self.settings.policy_weight > 0 or self.settings.matched_steps == "trained"
+
+    def _drawn_step_term(self, epoch: int, micro: Weighted, step: int, means: Means) -> Tensor:
+        """The network once more at one drawn step's state, for policy, matching, or both."""
+        settings, record = self.settings, micro.record
+        trajectory, text = record.trajectory, record.sample_text
+        velocity = self.roles.generator.velocity(text)(trajectory.states[step], trajectory.sigmas[step])
+        mean, outcome = self._mean(trajectory, step, velocity), trajectory.states[step + 1]
+        term = torch.zeros((), device=mean.device)
+        if settings.policy_weight > 0:
+            term = term + settings.policy_weight * self._policy_loss(
+                micro, cps_log_prob(outcome, mean), step, means
+            )
+        if settings.matched_steps == "trained":
+            moved = mean + (outcome - mean).detach()  # the outcome, by the noise that led to it
+            matching = self._matching_loss(epoch, micro, step, moved)
+            means.add("generator", micro.shared({"distribution_matching_drawn": matching}))
+            term = term + settings.distribution_matching_weight * matching
+        return term
+
+    def _policy_loss(self, micro: Weighted, log_prob: Tensor, step: int, means: Means) -> Tensor:
         """Clipped ratio loss at one drawn step."""
-        settings, trajectory = self.settings, micro.record.trajectory
-        predict = self.roles.generator.velocity(micro.record.sample_text)
-        velocity = predict(trajectory.states[step], trajectory.sigmas[step])
-        log_prob = self._log_prob(trajectory, step, velocity)
-        rolled = micro.record.log_probs[step]
+        settings, rolled = self.settings, micro.record.log_probs[step]
         old = rolled if settings.old_log_prob == "rollout" else log_prob.detach()
         loss = policy_loss(
             log_prob,
@@ -280,15 +318,9 @@ class Rtdmd:
         """
         settings, record = self.settings, micro.record
         trajectory, text = record.trajectory, record.sample_text
-        last = len(self.few.sigmas) - 1
-        state, sigma = trajectory.states[last], trajectory.sigmas[last]
+        state, sigma = trajectory.states[self._last_step], trajectory.sigmas[self._last_step]
         x0 = predict_x0(state, self.roles.generator.velocity(text)(state, sigma), sigma)
-        matching = self._matching.generator_loss(
-            self.roles.teacher.velocity(text),
-            self.roles.fake_score.velocity(text),
-            Samples(x0, 0.0, epoch, record.indices),
-            micro.weights,
-        )
+        matching = self._matching_loss(epoch, micro, self._last_step, x0)
         means.add("generator", micro.shared({"distribution_matching": matching}))
         loss = settings.distribution_matching_weight * matching
         if record.pull is not None:
@@ -296,3 +328,13 @@ class Rtdmd:
             means.add("generator", micro.shared(parts))
             loss = loss + settings.reward_backprop.weight * hinge
         return loss
+
+    def _matching_loss(self, epoch: int, micro: Weighted, step: int, states: Tensor) -> Tensor:
+        """Distribution matching at ``states``, which ``step`` led to, through their graph."""
+        text = micro.record.sample_text
+        return self._matching.generator_loss(
+            self.roles.teacher.velocity(text),
+            self.roles.fake_score.velocity(text),
+            self._samples(epoch, micro.record, step, states),
+            micro.weights,
+        )

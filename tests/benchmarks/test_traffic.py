@@ -70,6 +70,12 @@ def test_passes_by_hand() -> None:
     assert traffic.rtdmd_passes(recipe) == Counter(
         generator=16 * (4 + 2 * 6), fake_score=16 * (6 * 4 + 2), teacher=16 * 2
     )
+    everywhere = load_recipe(
+        "recipes/flux2_4b.yaml", ["rtdmd.matched_steps=trained", "rtdmd.policy_weight=0"]
+    )
+    assert traffic.rtdmd_passes(everywhere) == Counter(
+        generator=16 * (4 + 2 * 6), fake_score=16 * 3 * (6 * 4 + 2), teacher=16 * 3 * 2
+    )
 
 
 def test_bytes_of_the_published_recipe() -> None:

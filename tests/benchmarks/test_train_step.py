@@ -57,6 +57,10 @@ def test_evaluations_of_the_published_recipe() -> None:
     assert sum(alone) / 4 == 8.5 and sum(both) / 4 == 15
     # 4 to roll out, 6 for the fake score, 2 for each drawn step, 2 + 2 + 1 for the last
     assert model_flops.rtdmd_forwards(recipe) == 4 + 6 + 4 + 5
+    everywhere = load_recipe(
+        "recipes/flux2_4b.yaml", ["rtdmd.matched_steps=trained", "rtdmd.policy_weight=0"]
+    )
+    assert model_flops.rtdmd_forwards(everywhere) == 4 + 3 * (6 + 5)
 
 
 def test_numbers_of_iterations() -> None:

@@ -7,6 +7,7 @@ model families; not the roles, rollouts, micro-batches, weights, reductions or o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,18 +168,20 @@ class Reference:
         t = low + self.draws.uniform(step, purpose, indices) * (1000 - low)
         return t.clamp(*self.settings.timestep_range) / 1000
 
-    def fake_loss(self, step: int, indices: list[int], x_s: Tensor, s: float, text: Any) -> Tensor:
+    def fake_loss(
+        self, step: int, indices: list[int], x_s: Tensor, s: float, text: Any, mark: str = ""
+    ) -> Tensor:
         def noise(purpose: str) -> Tensor:
-            return self.draws.normal(step, f"fake/{purpose}", indices, self.shape)
+            return self.draws.normal(step, f"fake/{purpose}{mark}", indices, self.shape)
 
-        t = self.timesteps(step, "fake/t", indices, s)
+        t = self.timesteps(step, f"fake/t{mark}", indices, s)
         x_t = flow.renoise(x_s, noise("noise"), s, t)
         v = self.fake.velocity(x_t, t, text)
         loss = ambient_score_loss(v, *flow.ambient_velocity_target(x_s, noise("noise"), s, t))
         if self.settings.consistency_weight == 0:
             return loss
         largest = self.settings.consistency_max_timesteps
-        delta = self.draws.integers(step, "fake/delta", indices, 1, largest) / 1000
+        delta = self.draws.integers(step, f"fake/delta{mark}", indices, 1, largest) / 1000
         back = (t - delta).clamp_min(0)
         h = []
         for move in ("move0", "move1"):
@@ -188,11 +191,18 @@ class Reference:
         return loss + self.settings.consistency_weight * consistency_loss(h_anchor, h[0], h[1])
 
     def matching_loss(
-        self, step: int, indices: list[int], x_s: Tensor, s: float, text: Any, weights: Tensor | None = None
+        self,
+        step: int,
+        indices: list[int],
+        x_s: Tensor,
+        s: float,
+        text: Any,
+        weights: Tensor | None = None,
+        mark: str = "",
     ) -> Tensor:
-        t = self.timesteps(step, "generator/t", indices, s)
-        noise = self.draws.normal(step, "generator/noise", indices, self.shape)
-        back = self.draws.normal(step, "generator/back", indices, self.shape)
+        t = self.timesteps(step, f"generator/t{mark}", indices, s)
+        noise = self.draws.normal(step, f"generator/noise{mark}", indices, self.shape)
+        back = self.draws.normal(step, f"generator/back{mark}", indices, self.shape)
         with torch.no_grad():
             x_t = flow.renoise(x_s, noise, s, t)
             real = flow.cps_step(x_t, self.teacher_velocity(x_t, t, text), t, s, self.eta, back)
@@ -259,7 +269,13 @@ def reference_rtdmd(recipe: Recipe, world_size: int, epochs: int) -> Outcome:
         everything = list(range(len(plan)))
         states, scores, log_probs = _sample(plain, epoch, plan, drawn, rewards)
         text = plain.family.encode_prompts([plain.prompts.prompts[p] for p in plan])
-        plain.fake.update(plain.fake_loss(epoch, everything, states[-1], 0.0, text), epoch, epochs)
+        fake_loss = plain.fake_loss(epoch, everything, states[-1], 0.0, text)
+        if settings.matched_steps == "trained":
+            for i in drawn:
+                x_s, s = states[i + 1], levels[i + 1]
+                fake_loss = fake_loss + plain.fake_loss(epoch, everything, x_s, s, text, f"/after{i}")
+            fake_loss = fake_loss / (len(drawn) + 1)
+        plain.fake.update(fake_loss, epoch, epochs)
         advantages = group_advantages(scores, torch.tensor(plan), weights, settings.advantage_global_std)
 
         size = settings.micro_batch_size or batch
@@ -327,7 +343,14 @@ def _micro_loss(
         clip = settings.clip_range
         # A rollout of the same weights has the same log-probability; a clip of 1e-5 tells them apart.
         old = old_log_probs[i][micro] if settings.old_log_prob == "rollout" else log_prob.detach()
-        loss = loss + policy_loss(log_prob, old, advantages[micro], clip, clip, settings.advantage_clip, mask)
+        policy = policy_loss(log_prob, old, advantages[micro], clip, clip, settings.advantage_clip, mask)
+        loss = loss + settings.policy_weight * policy
+        if settings.matched_steps == "trained":
+            s, std = levels[i + 1], levels[i + 1] * math.sin(plain.eta * math.pi / 2)
+            noise = (states[i + 1][micro] - mean.detach()) / std
+            x_s = flow.cps_step(states[i][micro], v, levels[i], s, plain.eta, noise)
+            matching = plain.matching_loss(epoch, micro, x_s, s, text, mask, f"/after{i}")
+            loss = loss + settings.distribution_matching_weight * matching
     last = len(levels) - 2
     x = states[last][micro]
     x0 = flow.predict_x0(x, plain.generator.velocity(x, levels[last], text), levels[last])

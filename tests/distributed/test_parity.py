@@ -99,6 +99,8 @@ CASES = [
     Case("cold_start", extra=("cold_start.sub_interval=false", "seed=1")),  # the generator stops at 4, twice
     Case("rtdmd", steps=1, extra=MATCHING),
     Case("rtdmd", steps=1, extra=HINGE),
+    Case("rtdmd", steps=1, extra=(*MATCHING, "rtdmd.matched_steps=trained", "rtdmd.policy_weight=0")),
+    Case("rtdmd", "sd3", steps=1, extra=("rtdmd.matched_steps=trained", *ACCUMULATED)),
     Case("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero2")),
     shared("cold_start", extra=PLAIN_LAYOUT[:1]),

@@ -240,13 +240,16 @@ def test_no_room_between_the_noisiest_stop_and_the_end(write_recipe: Write) -> N
     """FLUX.2 at 512 px: the second sigma is 0.9581 (DESIGN's table), so 968 < 980 but 958 + 25 > 980."""
     check(write_recipe(), "cold_start.min_interval_timesteps=21")
     line = the_fault(write_recipe(), "cold_start.min_interval_timesteps=25")
-    assert "stop at sigma 0.9581" in line and "write at most 21, " in line
+    assert "states at sigma 0.9581 are matched" in line and "write at most 21, " in line
     check(write_recipe(), "cold_start.min_interval_timesteps=25", "cold_start.sub_interval=false")
     # SD3: 3·0.75/(1 + 2·0.75) = 0.9; a shift of 1 leaves 0.75.
     sd3 = ("model.family=sd3", "cold_start.timestep_range=[20, 800]")
     assert "sigma 0.9000" in the_fault(write_recipe(), *sd3)
     check(write_recipe(), *sd3, "schedule.shift=1")
     assert "rtdmd.min_interval" in the_fault(write_recipe(), "rtdmd.min_interval_timesteps=990")
+    check(write_recipe(), "rtdmd.min_interval_timesteps=25")
+    everywhere = ("rtdmd.matched_steps=trained", "rtdmd.min_interval_timesteps=25")
+    assert "sigma 0.9581" in the_fault(write_recipe(), *everywhere)
 
 
 def test_only_the_stages_to_run_need_their_ranks_prompts_and_rewards(write_recipe: Write) -> None:
