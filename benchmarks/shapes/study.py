@@ -66,6 +66,7 @@ TUNINGS = (
     Variant("policy_only", ("rtdmd.reward_backprop.weight=0",), start="ac_dmd"),
     Variant("all_steps", ("rtdmd.num_policy_steps=3",), start="ac_dmd"),
     Variant("own_noise", ("rtdmd.shared_noise=false",), start="ac_dmd"),
+    Variant("match_trained", ("rtdmd.matched_steps=trained",), start="ac_dmd"),
 )
 VARIANTS = {variant.name: variant for variant in (*COLD_STARTS, *TUNINGS)}
 MECHANISMS = {  # and whose they are

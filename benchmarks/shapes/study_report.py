@@ -84,13 +84,12 @@ def mechanisms_tables(
         whole = mean(values["all"])
         for noise, variances in values.items():
             shares.append([noise, f"{mean(variances):.2e}", f"{mean(variances) / whole:.0%}"])
-    return "\n\n".join(
-        [
-            table(["cold start", "tracking error"], errors),
-            table(["policy gradient", "noise", "signal", "noise / signal"], rows),
-            table(["noise that varies", "variance of rewards", "of all"], shares),
-        ]
-    )
+    tables = [
+        (["cold start", "tracking error"], errors),
+        (["policy gradient", "noise", "signal", "noise / signal"], rows),
+        (["noise that varies", "variance of rewards", "of all"], shares),
+    ]
+    return "\n\n".join(table(header, found) for header, found in tables if found)
 
 
 def outcomes_figure(outcomes: dict[str, Values], path: Path) -> None:
@@ -165,7 +164,7 @@ def main() -> None:
     text = outcomes_table(outcomes)
     kinds = ("tracking", "variance", "sources")
     text += "\n\n" + mechanisms_tables(*(read(measured, kind) for kind in kinds))
-    (options.to / "study.md").write_text(text + "\n", encoding="utf-8")
+    (options.to / "study.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     outcomes_figure(outcomes, options.to / "study_outcomes.png")
     curves_figure(options.runs, options.to / "study_curves.png")
     print(text)
