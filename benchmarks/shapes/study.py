@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 
 from benchmarks.gpus import visible_gpus
 from benchmarks.shapes.outcomes import euler
@@ -32,6 +34,7 @@ from rtdmd.termination import EXIT_INTERRUPTED
 
 RECIPE = "recipes/shapes.yaml"
 PICTURES = 4  # of each held-out caption
+STARTING = 2.0  # seconds in which a process imports and has nothing to lose
 # Guidance is the best on validation captions, as in the report; it takes two network evaluations a step.
 SAMPLERS = {
     "teacher, 50 steps": TEACHERS["teacher, 50 steps"],
@@ -128,17 +131,20 @@ class Devices:
         for gpu in gpus * parallel:
             self._free.put(gpu)
         self._closed = False
+        self._lock = Lock()  # of what follows, and of the moment in which a process begins
+        self._begun: dict[subprocess.Popen[bytes], float] = {}
 
     def close(self) -> None:
-        """Let nothing more begin."""
-        self._closed = True
+        """Let nothing more begin after Ctrl-C, which processes of the last moments may have missed."""
+        with self._lock:
+            self._closed = True
+            for process, since in self._begun.items():
+                if time.monotonic() - since < STARTING:
+                    process.send_signal(signal.SIGINT)
 
     def run(self, command: Sequence[str], log: Path) -> float:
         """Run a command on a free place, waiting for one; the seconds it took. RuntimeError if it fails."""
         gpu = self._free.get()
-        if self._closed:
-            self._free.put(gpu)  # to the next that waits
-            raise RuntimeError(f"{log}: was not begun")
         environment = os.environ | {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
@@ -147,16 +153,27 @@ class Devices:
         environment |= {"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         start = time.perf_counter()
         try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "w", encoding="utf-8") as file:
-                code = subprocess.run(
-                    command, env=environment, stdout=file, stderr=subprocess.STDOUT
-                ).returncode
+            process = self._begin(command, environment, log)
+            code = process.wait()
+            with self._lock:
+                del self._begun[process]
         finally:
-            self._free.put(gpu)
+            self._free.put(gpu)  # to the next that waits
         if code != 0:
             raise RuntimeError(f"{log}: exit code {code}")
         return time.perf_counter() - start
+
+    def _begin(
+        self, command: Sequence[str], environment: dict[str, str], log: Path
+    ) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{log}: was not begun")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "w", encoding="utf-8") as file:
+                process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            self._begun[process] = time.monotonic()
+        return process
 
 
 def launches(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> Iterator[Launch]:
