@@ -60,9 +60,8 @@ def rtdmd_forwards(recipe: Recipe) -> int:
     steps = len(recipe.schedule.timesteps)
     both = 1 + _backward(recipe.roles.generator)
     drawn = settings.num_policy_steps
-    everywhere = settings.matched_steps == "trained"
-    trained = 1 + (drawn if settings.policy_weight > 0 or everywhere else 0)
-    matched = 1 + (drawn if everywhere else 0)
+    trained = 1 + (drawn if settings.trains_drawn else 0)
+    matched = 1 + (drawn if settings.matches_drawn else 0)
     return steps + trained * both + matched * (_fake_score(recipe, settings) + _teacher(recipe) + 1)
 
 

@@ -72,9 +72,8 @@ def rtdmd_passes(recipe: Recipe) -> Counter[str]:
     parts = batches * num_micro_batches(size, settings.micro_batch_size)
     forwards = 1 if settings.consistency_weight == 0 else 2
     drawn = settings.num_policy_steps
-    everywhere = settings.matched_steps == "trained"
-    trained = 1 + (drawn if settings.policy_weight > 0 or everywhere else 0)
-    matched = 1 + (drawn if everywhere else 0)
+    trained = 1 + (drawn if settings.trains_drawn else 0)
+    matched = 1 + (drawn if settings.matches_drawn else 0)
     return Counter(
         generator=batches * len(recipe.schedule.timesteps) + 2 * parts * trained,
         fake_score=matched * (2 * forwards * fake + parts),

@@ -28,7 +28,7 @@ def check_arithmetic(report: Report, recipe: Recipe, *, world_size: int, stages:
         noisiest = _noisiest_outcome(recipe) if recipe.cold_start.sub_interval else 0.0
         _check_interval(report, recipe, "cold_start", noisiest)
     if "rtdmd" in stages:
-        noisiest = _noisiest_outcome(recipe) if recipe.rtdmd.matched_steps == "trained" else 0.0
+        noisiest = _noisiest_outcome(recipe) if recipe.rtdmd.matches_drawn else 0.0
         _check_interval(report, recipe, "rtdmd", noisiest)
         _check_policy_steps(report, recipe)
         _check_groups(report, recipe.rtdmd, world_size)

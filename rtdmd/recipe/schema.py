@@ -217,6 +217,16 @@ class RtdmdSection:
     checkpoint_every: int = 20  # epochs
     sample_every: int = 20
 
+    @property
+    def matches_drawn(self) -> bool:
+        """Whether distributions are matched after the drawn steps, too."""
+        return self.matched_steps == "trained"
+
+    @property
+    def trains_drawn(self) -> bool:
+        """Whether the generator is evaluated with gradient at the drawn steps."""
+        return self.policy_weight > 0 or self.matches_drawn
+
 
 @dataclass(frozen=True)
 class RewardSection:

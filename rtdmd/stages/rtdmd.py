@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.flow import cps_log_prob, cps_transition, predict_x0
-from rtdmd.models.protocol import ModelFamily
+from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 from rtdmd.objectives import group_advantages, policy_loss, weighted_mean
 from rtdmd.prompts import GroupSampler, PromptSet
 from rtdmd.randomness import Draws
@@ -183,7 +183,7 @@ class Rtdmd:
 
     def _matched(self, drawn: Sequence[int]) -> list[int]:
         """Steps whose outcomes' distribution is matched, and learnt by the fake score."""
-        return [*(drawn if self.settings.matched_steps == "trained" else ()), self._last_step]
+        return [*(drawn if self.settings.matches_drawn else ()), self._last_step]
 
     def _update_fake_score(
         self, epoch: int, records: list[Record], drawn: Sequence[int], means: Means
@@ -236,7 +236,7 @@ class Rtdmd:
         micro_batches = self._weigh(records, advantages)
         scale = 1 / (len(micro_batches) * (len(drawn) + 1))
         for number, micro in enumerate(micro_batches):
-            for step in drawn if self._trains_drawn else ():
+            for step in drawn if self.settings.trains_drawn else ():
                 term = self._drawn_step_term(epoch, micro, step, means)
                 engine.backward(scale * micro.share * term, last=False)
             final = self._last_step_term(epoch, micro, means)
@@ -264,10 +264,6 @@ class Rtdmd:
             for (micro, chosen), weight, share in zip(parts, weights, shares, strict=True)
         ]
 
-    @property
-    def _trains_drawn(self) -> bool:
-        return self.settings.policy_weight > 0 or self.settings.matched_steps == "trained"
-
     def _drawn_step_term(self, epoch: int, micro: Weighted, step: int, means: Means) -> Tensor:
         """The network once more at one drawn step's state, for policy, matching, or both."""
         settings, record = self.settings, micro.record
@@ -279,9 +275,9 @@ class Rtdmd:
             term = term + settings.policy_weight * self._policy_loss(
                 micro, cps_log_prob(outcome, mean), step, means
             )
-        if settings.matched_steps == "trained":
+        if settings.matches_drawn:
             moved = mean + (outcome - mean).detach()  # the outcome, by the noise that led to it
-            matching = self._matching_loss(epoch, micro, step, moved)
+            matching = self._matching_loss(epoch, micro, text, step, moved)
             means.add("generator", micro.shared({"distribution_matching_drawn": matching}))
             term = term + settings.distribution_matching_weight * matching
         return term
@@ -320,7 +316,7 @@ class Rtdmd:
         trajectory, text = record.trajectory, record.sample_text
         state, sigma = trajectory.states[self._last_step], trajectory.sigmas[self._last_step]
         x0 = predict_x0(state, self.roles.generator.velocity(text)(state, sigma), sigma)
-        matching = self._matching_loss(epoch, micro, self._last_step, x0)
+        matching = self._matching_loss(epoch, micro, text, self._last_step, x0)
         means.add("generator", micro.shared({"distribution_matching": matching}))
         loss = settings.distribution_matching_weight * matching
         if record.pull is not None:
@@ -329,9 +325,10 @@ class Rtdmd:
             loss = loss + settings.reward_backprop.weight * hinge
         return loss
 
-    def _matching_loss(self, epoch: int, micro: Weighted, step: int, states: Tensor) -> Tensor:
+    def _matching_loss(
+        self, epoch: int, micro: Weighted, text: TextEmbeddings, step: int, states: Tensor
+    ) -> Tensor:
         """Distribution matching at ``states``, which ``step`` led to, through their graph."""
-        text = micro.record.sample_text
         return self._matching.generator_loss(
             self.roles.teacher.velocity(text),
             self.roles.fake_score.velocity(text),
