@@ -27,6 +27,7 @@ from rtdmd.distributed.sharding import ends_of
 from rtdmd.models.blocks import blocks_of
 from rtdmd.models.lora import adapter_parameters, attach_adapter
 from rtdmd.models.protocol import ModelFamily
+from rtdmd.models.recomputation import spread
 from rtdmd.recipe.schema import Recipe
 
 Interval = tuple[float, float]
@@ -83,11 +84,17 @@ def rtdmd_passes(recipe: Recipe) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of a transformer, of what a shared base of it gathers, and of an adapter on it."""
+    """Elements of a transformer, of its parts that a shared base has in shards, and of an adapter on it."""
 
     whole: int
-    gathered: int
+    rest: int  # what is in no block, where that is in shards, too
+    blocks: tuple[int, ...]
     adapter: int
+
+    def gathered(self, kept: int = 0) -> int:
+        """In each pass, once so many of the blocks stay whole."""
+        there = spread(min(kept, len(self.blocks)), len(self.blocks))
+        return self.rest + sum(size for index, size in enumerate(self.blocks) if index not in there)
 
     @classmethod
     def of(cls, recipe: Recipe, family: ModelFamily, config: dict[str, Any]) -> Sizes:
@@ -99,11 +106,11 @@ class Sizes:
             modules = blocks_of(network, family.block_lists)
             blocks = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
             ends = ends_of(len(blocks))
-            units = enumerate([whole - sum(blocks), *blocks])
-            gathered = sum(size for index, size in units if index not in ends)
             attach_adapter(network, lora.rank, lora.alpha, lora.targets or family.lora_targets)
             adapter = sum(parameter.numel() for parameter in adapter_parameters(network).values())
-        return cls(whole, gathered, adapter)
+        rest = 0 if 0 in ends else whole - sum(blocks)
+        in_shards = tuple(size for index, size in enumerate(blocks, 1) if index not in ends)
+        return cls(whole, rest, in_shards, adapter)
 
 
 def traffic(
@@ -113,10 +120,12 @@ def traffic(
     updated: Iterable[str],
     ranks: int,
     partition: int | None = None,
+    kept: int = 0,
 ) -> Traffic:
     """Of a step that runs through networks ``passes`` times and updates the roles ``updated``.
 
-    ``partition`` is how many ranks have a network once between them, if that isn't the engines' to say.
+    ``partition`` is how many ranks have a network once between them, if that isn't the engines' to say;
+    ``kept`` of a shared base's blocks stay whole.
     """
     engines = {role: engine_config(getattr(recipe.roles, role).engine, recipe.dtype, None) for role in passes}
     sharded = {role: config for role, config in engines.items() if zero_stage(config) == 3}
@@ -125,7 +134,7 @@ def traffic(
         return sizes.adapter if getattr(recipe.roles, role).trains == "lora" else sizes.whole
 
     element = getattr(torch, recipe.dtype).itemsize
-    size = sizes.gathered if recipe.roles.engines == "shared_base" else sizes.whole
+    size = sizes.gathered(kept) if recipe.roles.engines == "shared_base" else sizes.whole
     return Traffic(
         gathered=sum(passes[role] * size * element for role in sharded),
         reduced=sum(4 * trained(role) for role in updated),

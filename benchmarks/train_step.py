@@ -265,8 +265,11 @@ def exchange(
 ) -> dict[str, Any]:
     """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
     ranks = bench.ranks.world_size
-    partition = next((shards.num_ranks for shards in all_shards(built.stage.roles)), None)
-    row = {"traffic": asdict(traffic(bench.recipe, built.sizes, passes, updated, ranks, partition))}
+    partition, kept = next(
+        ((shards.num_ranks, shards.num_kept) for shards in all_shards(built.stage.roles)), (None, 0)
+    )
+    sent = traffic(bench.recipe, built.sizes, passes, updated, ranks, partition, kept)
+    row: dict[str, Any] = {"traffic": asdict(sent), "kept_blocks": kept}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":
         spent = communication(partial(run, 0), bench.ranks)
         row["communication"] = dict(zip(spent, bench.slowest(list(spent.values())), strict=True))

@@ -7,7 +7,7 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +85,7 @@ class _Unit:
     shard: Tensor  # this rank's range of it, in host memory if offloaded
     peers: list[Tensor] = field(default_factory=list)  # every rank's shard, where this one may read them
     memory: PeerMemory | None = None  # that the peers lie in
+    is_kept: bool = False  # whole for good, once it has been gathered
     is_here: bool = False
     in_flight: tuple[dist.Work | None, Tensor] | None = (
         None  # what to wait for, and what must live until then
@@ -94,6 +95,11 @@ class _Unit:
     def is_resident(self) -> bool:
         """Whether the shard is all of it, as on a single rank, or at an end of a long network."""
         return self.shard is self.whole
+
+    @property
+    def stays(self) -> bool:
+        """Whether nothing is to be released after use."""
+        return self.is_resident or self.is_kept
 
 
 class BlockShards:
@@ -119,7 +125,7 @@ class BlockShards:
             self._backward = False
         if self._backward:  # computed once more; `_before_backward` has gathered it
             return None
-        self._gather(index, index + 1)
+        self._gather(index, range(index + 1, len(self._units)))
         return _through(partial(self._release, index), (args, kwargs))
 
     def _after_forward(self, index: int, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -130,8 +136,8 @@ class BlockShards:
 
     def _before_backward(self, index: int) -> None:
         self._backward = True
-        self._gather(0, 0)  # a loss of a block's own output doesn't pass through the network's
-        self._gather(index, index - 1 if index > 0 else len(self._units) - 1)
+        self._gather(0)  # a loss of a block's own output doesn't pass through the network's
+        self._gather(index, range((index or len(self._units)) - 1, 0, -1))
 
     def after_backward(self) -> None:
         """Release what backward has left: a block whose input needs no gradient, and what is in no block."""
@@ -139,8 +145,18 @@ class BlockShards:
         for index in range(len(self._units)):
             self._release(index)
 
-    def _gather(self, index: int, following: int) -> None:
-        """Have a unit whole, and the ``following`` one on its way."""
+    def keep(self, blocks: Collection[int]) -> None:
+        """Have these of the blocks in shards stay whole once they have been gathered, and no others.
+
+        Counted from 0, the resident ones left out, as :attr:`block_bytes` counts them. Between passes; every
+        rank the same ones, unless shards are copied.
+        """
+        for number, unit in enumerate(self._blocks_in_shards):
+            unit.is_kept = number in blocks
+        self.after_backward()
+
+    def _gather(self, index: int, following: Iterable[int] = ()) -> None:
+        """Have a unit whole, and the first of the ``following`` ones that doesn't stay so on its way."""
         self._start(index)
         unit = self._units[index]
         if unit.in_flight is not None:
@@ -150,8 +166,9 @@ class BlockShards:
             if self._stream is not None:
                 torch.cuda.current_stream(self._ranks.device).wait_stream(self._stream)
             unit.in_flight = None
-        if 0 < following < len(self._units):
-            self._start(following)
+        travelling = next((each for each in following if not self._units[each].stays), None)
+        if travelling is not None:
+            self._start(travelling)
 
     def _start(self, index: int) -> None:
         unit = self._units[index]
@@ -187,8 +204,8 @@ class BlockShards:
         unit = self._units[index]
         if not unit.is_here:
             return
-        self._gather(index, 0)  # for what is still in flight
-        if not unit.is_resident:
+        self._gather(index)  # for what is still in flight
+        if not unit.stays:
             unit.whole.untyped_storage().resize_(0)
             unit.is_here = False
 
@@ -196,6 +213,20 @@ class BlockShards:
     def num_ranks(self) -> int:
         """That have the network once between them."""
         return self._ranks.world_size
+
+    @property
+    def _blocks_in_shards(self) -> list[_Unit]:
+        return [unit for unit in self._units[1:] if not unit.is_resident]
+
+    @property
+    def block_bytes(self) -> list[int]:
+        """What each block in shards takes while it is whole, in the order in which they run."""
+        return [unit.whole.numel() * unit.whole.itemsize for unit in self._blocks_in_shards]
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks in shards that stay whole once they have been gathered."""
+        return sum(unit.is_kept for unit in self._units)
 
     @property
     def shards(self) -> list[Tensor]:

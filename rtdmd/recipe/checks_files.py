@@ -64,7 +64,10 @@ def check_engines(report: Report, recipe: Recipe, world_size: int) -> None:
     if is_shared:
         _check_shared_base(report, recipe, contents)
     if recipe.roles.gather == "copies":
-        _check_copies(report, is_shared, contents)
+        _check_gathered(report, "roles.gather", "copies", is_shared, contents)
+        _check_on_gpu(report, contents)
+    if recipe.roles.whole_blocks is not None:
+        _check_gathered(report, "roles.whole_blocks", recipe.roles.whole_blocks, is_shared, contents)
 
 
 def _check_partition(report: Report, key: str, path: str, content: dict[str, Any], world_size: int) -> None:
@@ -79,20 +82,23 @@ def _check_partition(report: Report, key: str, path: str, content: dict[str, Any
         report.fault(key, path, f"zero_hpz_partition_size is {size}, {advice}")
 
 
-def _check_copies(report: Report, is_shared: bool, contents: dict[str, dict[str, Any] | None]) -> None:
-    """Copied from are shards on the GPU, of shared bases."""
-    key, value = "roles.gather", "copies"
-    read = {path: content for path, content in contents.items() if content is not None}
+def _check_gathered(
+    report: Report, key: str, value: Any, is_shared: bool, contents: dict[str, dict[str, Any] | None]
+) -> None:
+    """How blocks are gathered is a setting of shared bases in shards."""
     if not is_shared:
-        report.fault(
-            key, value, "separate engines gather by collectives; write roles.engines: shared_base, too"
-        )
-    elif not any(_stage(content) == 3 for content in read.values()):
+        advice = "write roles.engines: shared_base, too, or leave it out"
+        report.fault(key, value, f"separate engines gather layers by collectives of their own; {advice}")
+    elif not any(_stage(content) == 3 for content in contents.values() if content is not None):
         report.fault(key, value, "no engine has ZeRO 3, so that nothing is gathered; leave it out")
-    for path, content in read.items():
-        zero = content.get("zero_optimization")
+
+
+def _check_on_gpu(report: Report, contents: dict[str, dict[str, Any] | None]) -> None:
+    """Copied from are shards on the GPU."""
+    for path, content in contents.items():
+        zero = {} if content is None else content.get("zero_optimization")
         if isinstance(zero, dict) and _offloads(zero, "offload_param"):
-            report.fault(key, value, f"{path} has the shards in host memory; write collective")
+            report.fault("roles.gather", "copies", f"{path} has the shards in host memory; write collective")
 
 
 def _check_base_engine(report: Report, key: str, path: str, content: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ _RULES: tuple[_Rule, ...] = (
             "seed",
             "model.prompt_embeddings_gib",
             "reward_workers",
+            "roles.whole_blocks",
             "preview.num_images",
             "evaluation.seed",
             "evaluation.every",

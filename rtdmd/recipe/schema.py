@@ -77,6 +77,9 @@ class RolesSection:
     # Of shared bases in ZeRO 3. copies: each GPU from the others of its machine, without a collective. auto:
     # every machine has the base once between its GPUs, copied where they have access to each other.
     gather: Gather = "auto"
+    # Of each shared base in ZeRO 3, blocks that stay whole on every GPU once gathered, besides its ends;
+    # null: as many as the GPU's memory allows, measured on a stage's first updates (without a GPU none).
+    whole_blocks: int | None = None
 
 
 def role_weights(model: ModelSection, role: TeacherSection | TrainedSection) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ in training, and no gradient has to be undone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,43 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.models.recomputation import Recomputation, fewest_recomputed, predicted_peak, spread
 from rtdmd.recipe.schema import Recipe
-
-GIB = 2**30
-# Of the device's whole memory: for fragmentation, and for what differs between updates.
-MARGIN = 0.1
-
-
-class DeviceMemory(Protocol):
-    """What there is to know of a device's memory, in bytes."""
-
-    def reset_peak(self) -> None:
-        """Begin to watch."""
-        ...
-
-    def peak(self) -> int:
-        """Allocated at most since then."""
-        ...
-
-    def available(self) -> int:
-        """What this process may allocate in all, less the margin."""
-        ...
-
-
-class CudaMemory:
-    """A GPU's, through torch's allocator."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device)
-
-    def available(self) -> int:
-        free, total = torch.cuda.mem_get_info(self._device)
-        return int(free + torch.cuda.memory_reserved(self._device) - MARGIN * total)
+from rtdmd.stages.device_memory import GIB, CudaMemory, DeviceMemory
 
 
 class PeakWatch:
@@ -121,12 +85,17 @@ class AutomaticRecomputation:
             recomputation.measure()
             self._roles[role] = recomputation
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to choose."""
+        return not self._roles
+
     def after_step(self, generator_updated: bool) -> list[str]:
         """Collective: call after each step; what was chosen, when it is.
 
         The generator is updated the most rarely; once it has been, all roles have.
         """
-        if not self._roles:
+        if self.is_settled:
             return []
         self._watch.close()
         if not generator_updated:
@@ -138,8 +107,7 @@ class AutomaticRecomputation:
         self._watch.stop()
         notices = [self._settle(role, recomputation) for role, recomputation in self._roles.items()]
         self._roles = {}
-        if self._ranks.device.type == "cuda":
-            torch.cuda.empty_cache()  # what is cached was cut to the sizes of before
+        self._memory.empty_cache()  # what is cached was cut to the sizes of before
         return notices
 
     def _settle(self, role: str, recomputation: Recomputation) -> str:

@@ -33,6 +33,7 @@ from rtdmd.recipe.schema import (
     TrainedSection,
 )
 from rtdmd.stages.activations import AutomaticRecomputation
+from rtdmd.stages.residency import keep_blocks
 from rtdmd.stages.roles import Roles, Student, Teacher
 
 
@@ -100,6 +101,7 @@ class NetworkBuilder:
                 placement,
                 self.calls.touch,
             )
+        keep_blocks(shards, self.recipe.roles.whole_blocks or 0)
         return ShardedBase(network, shards, num_users, str(placement))
 
     @contextmanager

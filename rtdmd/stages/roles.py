@@ -13,6 +13,7 @@ from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 from rtdmd.recipe.schema import ColdStartSection, OptimizerSection, RtdmdSection
 from rtdmd.rollout import VelocityFn
 from rtdmd.stages.activations import AutomaticRecomputation
+from rtdmd.stages.residency import AutomaticResidency
 
 
 def learning_rate(optimizer: OptimizerSection, step: int, num_steps: int) -> float:
@@ -68,6 +69,7 @@ class Roles:
     generator: Student
     fake_score: Student
     recomputation: AutomaticRecomputation | None = None  # where activation_checkpointing is auto
+    residency: AutomaticResidency | None = None  # where whole_blocks is null
 
     @property
     def bases(self) -> dict[SharedBase, list[str]]:
@@ -89,10 +91,14 @@ class Roles:
             student.engine.set_learning_rate(learning_rate(optimizer, step, num_steps))
 
     def after_step(self, generator_updated: bool) -> tuple[str, ...]:
-        """Collective: call after each step; what the user should know of it."""
-        if self.recomputation is None:
-            return ()
-        return tuple(self.recomputation.after_step(generator_updated))
+        """Collective: call after each step; what the user should know of it.
+
+        Memory goes to activations first, and what they leave to blocks of the bases.
+        """
+        for choice in (self.recomputation, self.residency):
+            if choice is not None and not choice.is_settled:
+                return tuple(choice.after_step(generator_updated))
+        return ()
 
     def close(self) -> None:
         """Free all three engines."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from rtdmd.recipe.schema import (
     role_weights,
 )
 from rtdmd.stages.networks import HandOver, NetworkBuilder
+from rtdmd.stages.residency import automatic_residency
 from rtdmd.stages.roles import Roles, Student
 
 
@@ -65,12 +66,13 @@ def shared_roles(
         engines |= _on_one_base(builder, group)
     generator, fake_score = engines["generator"], engines["fake_score"]
     assert isinstance(generator, TrainedEngine) and isinstance(fake_score, TrainedEngine)
-    return Roles(
+    made = Roles(
         builder.as_teacher(engines["teacher"]),
         Student(generator, builder.family),
         Student(fake_score, builder.family),
         builder.automatic,
     )
+    return replace(made, residency=automatic_residency(recipe, builder.ranks, made.bases))
 
 
 def _groups(builder: NetworkBuilder, occupants: Sequence[_Occupant]) -> list[list[_Occupant]]:

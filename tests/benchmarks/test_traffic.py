@@ -87,6 +87,9 @@ def test_bytes_of_the_published_recipe() -> None:
     assert sizes.whole == 3_875_544_576
     assert sent.gathered == 3 * 2 * 3_312_458_496  # without the ends
     assert sent.reduced == 4 * 37_355_520
+    assert sizes.gathered(100) == 0 and len(sizes.blocks) == 23
+    sent = traffic.traffic(recipe, sizes, Counter(teacher=1), [], 2, kept=22)
+    assert sent.gathered == 2 * sizes.blocks[1]  # the second is the one left, as they are spread
     whole = [f"roles.{role}.engine=ds_configs/zero2.json" for role in ("generator", "fake_score")]
     recipe = load_recipe("recipes/flux2_4b.yaml", ["with=recipes/layouts/separate_zero3.yaml", *whole])
     sent = traffic.traffic(recipe, sizes, Counter(generator=2, teacher=1), [], 2)

@@ -72,6 +72,7 @@ COMPILED = (
     "roles.teacher.engine=ds_configs/zero0.json",
     *(f"roles.{role}.compile=blocks" for role in ("teacher", "generator", "fake_score")),
 )
+KEPT = ("roles.whole_blocks=2",)
 ACCUMULATED = ("cold_start.micro_batch_size=1", "rtdmd.micro_batch_size=1")
 # Policy, matching and hinge gradients differ by orders of magnitude; each has a case that it dominates.
 MATCHING = ("rtdmd.distribution_matching_weight=1000", "rtdmd.reward_backprop.weight=0")
@@ -106,7 +107,7 @@ CASES = [
     shared("cold_start", extra=PLAIN_LAYOUT[:1]),
     shared("rtdmd", "sd3", extra=ACCUMULATED),
     shared("cold_start", "sd3", "frozen_zero3", extra=ACCUMULATED),
-    shared("rtdmd", engine="frozen_zero3", extra=(*PLAIN_LAYOUT[1:], "roles.gather=collective")),
+    shared("rtdmd", engine="frozen_zero3", extra=(*PLAIN_LAYOUT[1:], "roles.gather=collective", *KEPT)),
 ]
 # Where a shared base may be.
 PLACES = ("zero0", "frozen_zero3", "frozen_zero3_offload")
@@ -298,10 +299,10 @@ def test_compiled_blocks_equal_plain_pytorch(
 def test_a_long_network_in_shards_equals_plain_pytorch(
     tmp_path: Path, pipelines: dict[str, Path], long_flux2: Path, tiny_clip: Path
 ) -> None:
-    """Its ends are whole on both ranks."""
+    """Its ends are whole on both ranks, and blocks between them once they have been gathered."""
     pipelines = pipelines | {"flux2": long_flux2}
     cases = [
-        shared(stage, engine="frozen_zero3", extra=(*ACCUMULATED, f"roles.gather={gather}"))
+        shared(stage, engine="frozen_zero3", extra=(*ACCUMULATED, *KEPT, f"roles.gather={gather}"))
         for stage, gather in (("cold_start", "auto"), ("rtdmd", "collective"))
     ]
     got = compute(cases, 2, tmp_path, pipelines, tiny_clip)

@@ -197,6 +197,63 @@ def test_nothing_is_whole_outside_of_forward_and_nothing_is_left_when_closed(cas
     assert all(shard.untyped_storage().nbytes() == 0 for shard in shards.shards)
 
 
+def test_kept_blocks_travel_once(case: Case) -> None:
+    """Every other block in shards, then the first alone, then none: the same gradients."""
+    family, *_ = case
+    network, shards = build(case)
+    factors = adapt(network, family, "full")
+    whole = expected(case)
+    started: list[int] = []
+    exchange = shards._exchange
+    shards._exchange = lambda unit: (started.append(id(unit)), exchange(unit))[1]  # type: ignore[method-assign]
+    units = [unit for unit in shards._units[1:] if not unit.is_resident]
+    sizes = shards.block_bytes
+    assert sizes == [unit.shard.nbytes for unit in units] and len(sizes) >= 2
+    for kept in (set(range(0, len(sizes), 2)), {0}, set()):
+        shards.keep(kept)
+        assert shards.num_kept == len(kept)
+        for first in (True, False):
+            started.clear()
+            assert_same(gradients(network, factors, family), whole)
+            shards.after_backward()
+            assert shards.gathered_bytes == sum(sizes[index] for index in kept)
+            if not first:
+                assert {id(unit) for unit in units} & set(started) == {
+                    id(unit) for index, unit in enumerate(units) if index not in kept
+                }
+    shards.keep({1})
+    gradients(network, factors, family)
+    shards.close()
+    assert all(unit.whole.untyped_storage().nbytes() == 0 for unit in shards._units)
+
+
+def test_past_a_kept_block_the_next_one_travels(case: Case) -> None:
+    """While every other block stays whole, one is there besides those, in flight before its turn."""
+    family, *_ = case
+    network, shards = build(case)
+    factors = adapt(network, family, "none")
+    inner = [index for index, unit in enumerate(shards._units) if index > 0 and not unit.is_resident]
+    shards.keep(set(range(0, len(inner), 2)))
+    gradients(network, factors, family)
+    shards.after_backward()
+    kept = shards.gathered_bytes
+    travelling = {index for index in inner if not shards._units[index].is_kept}
+    rest = 0 if shards._units[0].is_resident else shards._units[0].shard.nbytes
+    largest = sum(sorted(shards._units[index].shard.nbytes for index in travelling)[-2:])
+    late: list[int] = []
+    for index, block in enumerate(blocks_of(network, family.block_lists), 1):
+        before = index - 1 in inner or shards._units[index - 1].stays
+
+        def watch(*_: Any, index: int = index, before: bool = before) -> None:
+            assert shards.gathered_bytes <= kept + rest + largest
+            if index + 1 in travelling and before and not shards._units[index + 1].is_here:
+                late.append(index + 1)
+
+        block.register_forward_pre_hook(watch)
+    gradients(network, factors, family)
+    assert travelling and not late
+
+
 def test_weights_of_another_shape_are_refused(tiny_flux2: Path) -> None:
     family = get_family("flux2").load(str(tiny_flux2), device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(UserError, match=r"x_embedder\.weight: the weights have shape \(3, 3\)"):

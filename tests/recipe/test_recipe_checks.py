@@ -480,6 +480,15 @@ def test_copies_are_of_shards_on_the_gpu(write_recipe: Write) -> None:
     assert "write roles.engines: shared_base, too" in the_fault(write_recipe(), "roles.gather=copies")
 
 
+def test_whole_blocks_are_of_shards(write_recipe: Write) -> None:
+    placed = [item.replace("zero0", "frozen_zero3") for item in SHARED]
+    for count in ("0", "12", "null"):
+        check(write_recipe(), *placed, f"roles.whole_blocks={count}")
+    assert "write 0 or more" in the_fault(write_recipe(), *placed, "roles.whole_blocks=-1")
+    assert "no engine has ZeRO 3" in the_fault(write_recipe(), *SHARED, "roles.whole_blocks=2")
+    assert "or leave it out" in the_fault(write_recipe(), "roles.whole_blocks=2")
+
+
 @pytest.mark.parametrize(
     ("size", "words"),
     [

@@ -12,7 +12,8 @@ from torch import nn
 
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.models.recomputation import Recomputation
-from rtdmd.stages.activations import GIB, AutomaticRecomputation, CudaMemory
+from rtdmd.stages.activations import AutomaticRecomputation
+from rtdmd.stages.device_memory import GIB, CudaMemory
 from tests.models.test_recomputation import Chain, block
 
 
@@ -22,15 +23,20 @@ class Scripted:
     def __init__(self, peaks: Iterator[int], available: int) -> None:
         self._peaks = peaks
         self._available = available
+        self.calls: list[str] = []
 
     def reset_peak(self) -> None:
         """The next peak is read at the next time's end."""
+        self.calls.append("reset_peak")
 
     def peak(self) -> int:
         return next(self._peaks)
 
     def available(self) -> int:
         return self._available
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
 
 
 def chain(widths: tuple[int, ...]) -> tuple[Chain, Recomputation]:
