@@ -12,6 +12,7 @@ separate=(with=recipes/layouts/separate_zero3.yaml)
 replicated=("${separate[@]}" roles.teacher.engine=ds_configs/zero0.json roles.generator.engine=ds_configs/zero2.json
   roles.fake_score.engine=ds_configs/zero2.json)
 shared=(with=recipes/layouts/shared_base.yaml) # compiled too
+in_shards=(roles.whole_blocks=0) # nothing but the ends of a base stays whole; *_recipe keep what there is room for
 compiled=(roles.teacher.compile=blocks roles.generator.compile=blocks roles.fake_score.compile=blocks)
 offloaded=(model.text_encoder=offload roles.teacher.engine=ds_configs/frozen_zero3_offload.json
   roles.generator.engine=ds_configs/frozen_zero3_offload.json roles.fake_score.engine=ds_configs/frozen_zero3_offload.json)
@@ -55,18 +56,22 @@ for name in "$@"; do
     rtdmd) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     rtdmd_full) run "$name" recipes/flux2_4b.yaml "${replicated[@]}" "${compiled[@]}" $(recompute full) "${rtdmd[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     cold_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${short[@]}" ;;
-    cold_sharded) run "$name" recipes/flux2_4b.yaml roles.gather=collective "${short[@]}" ;;
-    cold_copied) run "$name" recipes/flux2_4b.yaml "${short[@]}" ;;
-    cold_parts) run "$name" recipes/flux2_4b.yaml $(in_pairs) "${short[@]}" ;;
+    cold_sharded) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" roles.gather=collective "${short[@]}" ;;
+    cold_copied) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${short[@]}" ;;
+    cold_recipe) run "$name" recipes/flux2_4b.yaml "${short[@]}" ;;
+    cold_parts) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" $(in_pairs) "${short[@]}" ;;
     cold_zero1) run "$name" recipes/flux2_4b.yaml "${replicated[@]//zero2/zero1}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=3 "${short[@]}" ;;
     cold_offload) run "$name" recipes/flux2_4b.yaml "${offloaded[@]}" $(recompute full) cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) "${short[@]}" ;;
     rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" rtdmd.reward_backprop.micro_batch_size=3 ;;
     rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" "${kept[@]}" ;;
-    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${kept[@]}" ;;
-    nine_sharded) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
-    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
+    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${kept[@]}" ;;
+    rtdmd_recipe) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${kept[@]}" ;;
+    rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${kept[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
+    nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
+    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
+    nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" ;;
     nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${short[@]}" ;;
