@@ -68,6 +68,7 @@ for name in "$@"; do
     rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" "${kept[@]}" ;;
     rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${kept[@]}" ;;
     rtdmd_recipe) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${kept[@]}" ;;
+    rtdmd_half) run "$name" recipes/flux2_4b.yaml roles.whole_blocks=12 "${tuning[@]}" "${kept[@]}" ;;
     rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${kept[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
     nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
