@@ -34,15 +34,17 @@ def most_kept(sizes: Sequence[int], room: float) -> int:
 class AutomaticResidency:
     """Chooses how many blocks of each base stay whole, after the second update of the generator.
 
-    At the first one AdamW allocates its moments and kernels compile; from then to the second one the peak is
-    watched. Bases, named by their roles, share what is left in the proportion of their sizes.
+    At the first one AdamW allocates its moments, so that the second one has all that there is. The peak counts
+    from the start, with a first look at monitors and at pictures, unless ``activation_checkpointing: auto``
+    measures first. Bases, named by their roles, share what is left in the proportion of their sizes.
     """
 
     def __init__(self, memory: DeviceMemory, ranks: Ranks, bases: Mapping[str, BlockShards]) -> None:
         self._memory = memory
         self._ranks = ranks
         self._bases = {name: shards for name, shards in bases.items() if shards.block_bytes}
-        self._is_watching = False
+        self._updates = 0
+        memory.reset_peak()
 
     @property
     def is_settled(self) -> bool:
@@ -53,9 +55,8 @@ class AutomaticResidency:
         """Collective: call after each step; what was chosen, when it is."""
         if self.is_settled or not generator_updated:
             return []
-        if not self._is_watching:
-            self._memory.reset_peak()
-            self._is_watching = True
+        self._updates += 1
+        if self._updates == 1:
             return []
         notices = self._settle()
         self._bases = {}
