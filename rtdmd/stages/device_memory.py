@@ -22,6 +22,10 @@ class DeviceMemory(Protocol):
         """Allocated at most since then."""
         ...
 
+    def peak_reserved(self) -> int:
+        """The same with what was cached for reuse, some of it in pieces too small for anything."""
+        ...
+
     def available(self) -> int:
         """What this process may allocate in all, less the margin."""
         ...
@@ -42,6 +46,9 @@ class CudaMemory:
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
+
+    def peak_reserved(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device)
 
     def available(self) -> int:
         free, total = torch.cuda.mem_get_info(self._device)

@@ -34,9 +34,10 @@ def most_kept(sizes: Sequence[int], room: float) -> int:
 class AutomaticResidency:
     """Chooses how many blocks of each base stay whole, after the second update of the generator.
 
-    At the first one AdamW allocates its moments, so that the second one has all that there is. The peak counts
-    from the start, with a first look at monitors and at pictures, unless ``activation_checkpointing: auto``
-    measures first. Bases, named by their roles, share what is left in the proportion of their sizes.
+    At the first one AdamW allocates its moments, so that the second one has all that there is. The peak
+    counts from the start, with a first look at monitors and at pictures, unless
+    ``activation_checkpointing: auto`` measures first. Bases, named by their roles, share what is left in the
+    proportion of their sizes.
     """
 
     def __init__(self, memory: DeviceMemory, ranks: Ranks, bases: Mapping[str, BlockShards]) -> None:
@@ -44,6 +45,7 @@ class AutomaticResidency:
         self._ranks = ranks
         self._bases = {name: shards for name, shards in bases.items() if shards.block_bytes}
         self._updates = 0
+        memory.empty_cache()  # what loading has left
         memory.reset_peak()
 
     @property
@@ -65,7 +67,8 @@ class AutomaticResidency:
 
     def _settle(self) -> list[str]:
         # Ranks that kept other blocks than each other would gather other ones by collectives.
-        mine = [self._memory.peak(), -self._memory.available()]
+        # Of what is reserved: an allocator that is short of it gives back and asks again in every step.
+        mine = [self._memory.peak_reserved(), -self._memory.available()]
         together = torch.tensor(mine, dtype=torch.float64, device=self._ranks.device)
         peak, lacking = self._ranks.max(together).tolist()
         room = -lacking - peak
@@ -77,8 +80,8 @@ class AutomaticResidency:
             peak += sum(sizes[name][index] for index in spread(counts[name], len(sizes[name])))
         return [
             f"the base of {name}: {count} of {len(sizes[name])} blocks in shards stay whole from now on "
-            f"(roles.whole_blocks: null); a peak of {peak / GIB:.1f} GiB is expected "
-            f"of {-lacking / GIB:.1f} GiB to be had"
+            f"(roles.whole_blocks: null); {peak / GIB:.1f} GiB at most, as reserved, "
+            f"are expected of {-lacking / GIB:.1f} GiB to be had"
             for name, count in counts.items()
         ]
 

@@ -32,6 +32,9 @@ class Scripted:
     def peak(self) -> int:
         return next(self._peaks)
 
+    def peak_reserved(self) -> int:
+        return next(self._peaks)
+
     def available(self) -> int:
         return self._available
 
