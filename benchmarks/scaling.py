@@ -81,7 +81,7 @@ def figure(series: Series, bandwidth: float, path: Path) -> None:
 
     axes: Any
     drawing, axes = pyplot.subplots(figsize=(7, 4.5))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20")(range(20)))
     for (name, case), by_ranks in series.items():
         ranks = sorted(by_ranks)
         one = by_ranks[1]
