@@ -98,7 +98,7 @@ def instrument(stage: Stage, ema: Ema, clock: PhaseClock) -> None:
         clock.wrap(stage, "_steps", "rollout")
         return
     clock.wrap(stage, "_roll_out", "rollout")
-    clock.wrap(stage, "_drawn_step_term", "generator: policy, forward")
+    clock.wrap(stage, "_drawn_step_term", "generator: drawn steps, forward")
     clock.wrap(stage, "_last_step_term", "generator: last step, forward")
     clock.wrap(stage.panel, "_pull", "reward back-propagation")
     for reward in stage.panel.rewards:

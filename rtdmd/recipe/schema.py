@@ -207,7 +207,8 @@ class RtdmdSection:
     advantage_global_std: bool = True
     old_log_prob: Literal["training", "rollout"] = "training"
     distribution_matching_weight: float = 1e-3
-    # Where distributions are matched: after the last step, as published, or after each that an epoch trains.
+    # Where distributions are matched: after the last step, as published, or after each that an epoch trains,
+    # there with the same weight each, while the fake score's loss is the mean over these states.
     matched_steps: Literal["last", "trained"] = "last"
     consistency_weight: float = 0.01
     consistency_max_timesteps: int = 200

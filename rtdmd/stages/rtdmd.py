@@ -201,7 +201,8 @@ class Rtdmd:
             samples = self._samples(epoch, micro, step, micro.trajectory.states[step + 1])
             loss, found = self._matching.fake_score_loss(fake.velocity(micro.sample_text), samples)
             fake.engine.backward(loss / len(parts), last=number == len(parts) - 1)
-            means.add("fake_score", found | {"loss": loss})
+            name = "fake_score" if step == self._last_step else "fake_score_drawn"
+            means.add(name, found | {"loss": loss})
         return fake.engine.step().grad_norm
 
     def _samples(self, epoch: int, record: Record, step: int, states: Tensor) -> Samples:
