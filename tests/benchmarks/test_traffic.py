@@ -66,15 +66,16 @@ def test_passes_by_hand() -> None:
     assert traffic.cold_start_passes(recipe, 4, False) == Counter(generator=4, fake_score=12)
     both = Counter(generator=4 + 3 + 3 + 3, fake_score=12 + 3, teacher=3)
     assert traffic.cold_start_passes(recipe, 4, True) == both
-    # 16 batches of 6: 4 steps; in halves, forward and backward of two drawn steps and the last.
+    # 16 batches of 6: 4 steps; the fake score by twos; in halves, forward and backward of two drawn steps and
+    # the last.
     assert traffic.rtdmd_passes(recipe) == Counter(
-        generator=16 * (4 + 2 * 6), fake_score=16 * (6 * 4 + 2), teacher=16 * 2
+        generator=16 * (4 + 2 * 6), fake_score=16 * (3 * 4 + 2), teacher=16 * 2
     )
     everywhere = load_recipe(
         "recipes/flux2_4b.yaml", ["rtdmd.matched_steps=trained", "rtdmd.policy_weight=0"]
     )
     assert traffic.rtdmd_passes(everywhere) == Counter(
-        generator=16 * (4 + 2 * 6), fake_score=16 * 3 * (6 * 4 + 2), teacher=16 * 3 * 2
+        generator=16 * (4 + 2 * 6), fake_score=16 * 3 * (3 * 4 + 2), teacher=16 * 3 * 2
     )
 
 
