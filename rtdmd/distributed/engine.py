@@ -165,12 +165,16 @@ class TrainedEngine(FrozenEngine, ABC):
 
     def step(self) -> Step:
         """Clip and update. Raises TrainingHalted on every rank, before the update, if ranks called
-        engines in different orders or if a gradient isn't finite."""
+        engines in different orders or have come to different weights, or if a gradient isn't finite."""
         self._calls.record(f"{self.name}.step")
         # Read together: the host waits for the device once.
-        differ, norm = torch.stack([self._calls.differ().double(), self._gradient_norm().double()]).tolist()
-        if differ:
+        differ = self._calls.differ(self.masters.checksum())
+        norm = self._gradient_norm()
+        calls_differ, weights_differ, norm = torch.cat([differ.double(), norm.double().view(1)]).tolist()
+        if calls_differ:
             self._calls.halt()
+        if weights_differ:
+            raise TrainingHalted(self._different_weights_report())
         if not math.isfinite(norm):
             raise TrainingHalted(self._non_finite_report())
         self._update(norm)
@@ -186,6 +190,19 @@ class TrainedEngine(FrozenEngine, ABC):
         # comparison of their calls is about to find, exchange the same things until then.
         everywhere = self._ranks.sum(squares)
         return (squares if self.masters.replicated else everywhere).sqrt()
+
+    def _different_weights_report(self) -> str:
+        mine = torch.cat([piece.value for piece in self.masters.pieces(MASTER)])
+        bits = mine.view(torch.int32)
+        first = self._ranks.sum(bits if self._ranks.is_main else torch.zeros_like(bits))
+        other, gap = int((bits != first).sum()), float((mine - first.view(torch.float32)).abs().max())
+        each = self._ranks.gather_objects((other, gap))
+        found = [f"rank {rank} in {n} by up to {by:.1e}" for rank, (n, by) in enumerate(each) if n]
+        return (
+            f"{self.name}: ranks have come to different weights (of {len(mine)} from rank 0's, "
+            f"{', '.join(found)}), though they make the same updates: a device may compute wrongly; stopped "
+            "before the next update. The last checkpoint has rank 0's weights"
+        )
 
     def _non_finite_report(self) -> str:
         bad = {name: int((~torch.isfinite(grad)).sum()) for name, grad in self.masters.gradients()}

@@ -1,9 +1,10 @@
-"""Notices ranks that call the engines in different orders, and ranks that wait for each other.
+"""Notices ranks that call the engines in different orders or train different weights, or wait for each other.
 
 Under ZeRO-3 two ranks that call engines in a different order exchange the wrong shards and go on
 with finite, wrong numbers. Every engine call is therefore logged; before each optimizer step the
-ranks compare a digest of their logs. A rank that makes a call more than the others blocks: a
-watchdog thread then says which rank waits where, and ends the process.
+ranks compare a digest of their logs, and a checksum of the weights that each of them trains by
+itself. A rank that makes a call more than the others blocks: a watchdog thread then says which rank
+waits where, and ends the process.
 """
 
 from __future__ import annotations
@@ -55,11 +56,16 @@ class CallLog:
     def last(self) -> str:
         return self._recent[-1] if self._recent else "no engine call yet"
 
-    def differ(self) -> Tensor:
-        """Collective: whether the ranks' logs differ, a boolean on the device."""
+    def differ(self, weights: Tensor) -> Tensor:
+        """Collective: whether the ranks' logs differ, and whether their ``weights`` do, which is an int64.
+
+        Two booleans on the device.
+        """
         mine = torch.tensor([self.count, int.from_bytes(self._digest.digest(), "little")], dtype=torch.int64)
-        everyone = self._ranks.all_gather(to_device(mine, self._ranks.device))
-        return (everyone != everyone[0]).any()
+        device = self._ranks.device
+        everyone = self._ranks.all_gather(torch.cat([to_device(mine, device), weights.view(1).to(device)]))
+        unequal = (everyone != everyone[0]).any(dim=0)
+        return torch.stack([unequal[:2].any(), unequal[2]])
 
     def halt(self) -> NoReturn:
         """Collective: raise TrainingHalted on every rank, with the calls where the logs differ."""

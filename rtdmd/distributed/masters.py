@@ -7,7 +7,7 @@ that they never need a whole model, and move freely between stages and numbers o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ class Piece:
 class Masters(Protocol):
     """Access to one engine's masters; each ``pieces`` value is a writable view."""
 
-    replicated: bool  # every rank holds everything
+    replicated: bool  # every rank holds everything, and updates it by itself
 
     def pieces(self, kind: str) -> list[Piece]:
         """Pieces of ``master``, ``exp_avg`` or ``exp_avg_sq``; together the ranks' cover all parameters."""
@@ -51,6 +51,15 @@ class Masters(Protocol):
     def ensure_optimizer_state(self) -> None:
         """Create AdamW's zero moments, which it otherwise creates at its first step."""
         ...
+
+    def checksum(self) -> Tensor:
+        """The masters' :func:`sum_of_bits` where they are replicated, else 0."""
+        ...
+
+
+def sum_of_bits(values: Iterable[Tensor]) -> Tensor:
+    """Of float32 numbers, read as integers: an int64 where they are, exact in any order."""
+    return torch.stack([value.detach().view(torch.int32).sum(dtype=torch.int64) for value in values]).sum()
 
 
 def adam_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any]:
@@ -92,6 +101,9 @@ class ReplicatedMasters:
         for parameter in self._parameters.values():
             adam_state(self._optimizer, parameter)
 
+    def checksum(self) -> Tensor:
+        return sum_of_bits(self._parameters.values())
+
 
 class _ZeroMasters:
     """What the sharded stages share."""
@@ -103,6 +115,9 @@ class _ZeroMasters:
         self._optimizer = engine.basic_optimizer
         self._parameters = parameters
         self._ranks = ranks
+
+    def checksum(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=self._ranks.device)
 
 
 class FragmentMasters(_ZeroMasters):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.distributed.engine import TrainedEngine, adam_w, close_engine, collect_garbage, release
 from rtdmd.distributed.guard import CallLog
-from rtdmd.distributed.masters import MASTER, Piece, adam_state
+from rtdmd.distributed.masters import MASTER, Piece, adam_state, sum_of_bits
 from rtdmd.distributed.sharding import BlockShards
 from rtdmd.recipe.schema import OptimizerSection
 
@@ -170,6 +170,9 @@ class AdapterMasters:
 
     def ensure_optimizer_state(self) -> None:
         adam_state(self.optimizer, self.flat)
+
+    def checksum(self) -> Tensor:
+        return sum_of_bits([self.flat])
 
     def close(self) -> None:
         """Free the memory of all of it."""

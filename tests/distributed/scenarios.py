@@ -77,6 +77,24 @@ def non_finite(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict
     return {"message": message, "unchanged": same}
 
 
+def other_weights(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """One of rank 1's weights has become the next larger number; every rank must stop before the update."""
+    stage = build()
+    engine = stage.roles.generator.engine
+    if ranks.rank == 1:
+        weight = engine.masters.pieces(MASTER)[-1].value[-1:]
+        weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
+    before = masters(stage)
+    engine.backward(first_velocity(stage, "generator").square().mean(), last=True)
+    message = ""
+    try:
+        engine.step()
+    except TrainingHalted as error:
+        message = str(error)
+    same = all(torch.equal(before[name], value) for name, value in masters(stage).items())
+    return {"message": message, "unchanged": same}
+
+
 def other_order(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
     """Rank 1 calls the fake score before the generator, rank 0 after it."""
     stage = build()
@@ -303,6 +321,7 @@ SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         non_finite,
+        other_weights,
         other_order,
         one_call_more,
         shards,

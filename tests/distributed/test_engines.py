@@ -106,6 +106,13 @@ def results(
     small = ("cold_start.generator_every=1", "cold_start.batch_size=1")
     cases = {
         "non_finite": case(root / "non_finite", "non_finite", tiny_flux2),
+        **{
+            f"other_weights_{name}": case(root / name, "other_weights", tiny_flux2, *overrides)
+            for name, overrides in (
+                ("separate", ["roles.generator.engine=ds_configs/zero0.json"]),
+                ("shared", shared("frozen_zero3")),
+            )
+        },
         "shards": case(root / "shards", "shards", tiny_flux2),
         "closed": case(root / "closed", "closed", tiny_flux2, *small),
     }
@@ -181,6 +188,14 @@ def test_a_non_finite_gradient_stops_every_rank_before_the_update(results: Resul
     for result in results["non_finite"]:
         assert "generator: the gradient isn't finite" in result["message"]
         assert "first and last of them: " in result["message"] and ".lora_" in result["message"]
+        assert result["unchanged"]
+
+
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_ranks_that_have_come_to_different_weights_are_stopped(layout: str, results: Results) -> None:
+    for result in results[f"other_weights_{layout}"]:
+        assert "generator: ranks have come to different weights" in result["message"]
+        assert "rank 0's, rank 1 in 1 by up to 1." in result["message"]
         assert result["unchanged"]
 
 
