@@ -61,11 +61,9 @@ def masters(stage: Stage, role: str = "generator") -> dict[str, Tensor]:
     return {name: value.clone() for name, value in engine.gather(engine.masters.pieces(MASTER))}
 
 
-def non_finite(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
-    """Rank 1's loss is NaN; every rank must stop before the update."""
-    stage = build()
+def update_that_halts(stage: Stage, factor: float = 1.0) -> dict[str, Any]:
+    """What the generator's update halts with, and whether its masters are what they were."""
     before = masters(stage)
-    factor = float("nan") if ranks.rank == 1 else 1.0
     engine = stage.roles.generator.engine
     engine.backward(factor * first_velocity(stage, "generator").square().mean(), last=True)
     message = ""
@@ -77,22 +75,18 @@ def non_finite(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict
     return {"message": message, "unchanged": same}
 
 
+def non_finite(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """Rank 1's loss is NaN; every rank must stop before the update."""
+    return update_that_halts(build(), float("nan") if ranks.rank == 1 else 1.0)
+
+
 def other_weights(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
     """One of rank 1's weights has become the next larger number; every rank must stop before the update."""
     stage = build()
-    engine = stage.roles.generator.engine
     if ranks.rank == 1:
-        weight = engine.masters.pieces(MASTER)[-1].value[-1:]
+        weight = stage.roles.generator.engine.masters.pieces(MASTER)[-1].value[-1:]
         weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
-    before = masters(stage)
-    engine.backward(first_velocity(stage, "generator").square().mean(), last=True)
-    message = ""
-    try:
-        engine.step()
-    except TrainingHalted as error:
-        message = str(error)
-    same = all(torch.equal(before[name], value) for name, value in masters(stage).items())
-    return {"message": message, "unchanged": same}
+    return update_that_halts(stage)
 
 
 def other_order(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
