@@ -8,7 +8,7 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -154,6 +154,16 @@ class BlockShards:
         for number, unit in enumerate(self._blocks_in_shards):
             unit.is_kept = number in blocks
         self.after_backward()
+
+    @contextmanager
+    def all_released(self) -> Iterator[None]:
+        """Inside the block none stays whole but the resident ones; those to keep come again after it."""
+        kept = {number for number, unit in enumerate(self._blocks_in_shards) if unit.is_kept}
+        self.keep(())
+        try:
+            yield
+        finally:
+            self.keep(kept)
 
     def _gather(self, index: int, following: Iterable[int] = ()) -> None:
         """Have a unit whole, and the first of the ``following`` ones that doesn't stay so on its way."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rtdmd.distributed.engine import FrozenEngine, TrainedEngine
-from rtdmd.distributed.shared import SharedBase, SharedNetwork
+from rtdmd.distributed.engine import FrozenEngine, TrainedEngine, collect_garbage
+from rtdmd.distributed.shared import ShardedBase, SharedBase, SharedNetwork
 from rtdmd.models.guidance import predict_guided_velocity
 from rtdmd.models.protocol import ModelFamily, TextEmbeddings
 from rtdmd.recipe.schema import ColdStartSection, OptimizerSection, RtdmdSection
@@ -99,6 +101,23 @@ class Roles:
             if choice is not None and not choice.is_settled:
                 return tuple(choice.after_step(generator_updated))
         return ()
+
+    @contextmanager
+    def room_for_pictures(self) -> Iterator[None]:
+        """Inside it no block of a base in shards stays whole.
+
+        There was room for them beside training steps; pictures of another size may need more.
+        """
+        shards = [base.shards for base in self.bases if isinstance(base, ShardedBase)]
+        if not any(each.num_kept for each in shards):
+            yield
+            return
+        with ExitStack() as stack:
+            for each in shards:
+                stack.enter_context(each.all_released())
+            collect_garbage()
+            yield
+        collect_garbage()
 
     def close(self) -> None:
         """Free all three engines."""

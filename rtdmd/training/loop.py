@@ -162,7 +162,7 @@ class StageRun:
 
     def execute(self, tracker: Tracker, first: int, stop: StopRequest) -> bool:
         """Run steps ``first`` … to the end; whether it got there (else it was asked to stop)."""
-        settings, total = self.stage.settings, self.stage.num_steps
+        settings, roles, total = self.stage.settings, self.stage.roles, self.stage.num_steps
         if self.rules.reason is not None:  # ended by a rule, but not yet handed over
             self._end_early(first)
             return True
@@ -184,7 +184,8 @@ class StageRun:
                 if done < total and self.ranks.any(signal_came()):  # what is left of the time is for saving
                     notices.append("the evaluation that is due was left out: a signal to stop has come")
                 else:
-                    metrics |= self.evaluations.measure(self.stage.roles.generator, self.ema.pieces)
+                    with roles.room_for_pictures():
+                        metrics |= self.evaluations.measure(roles.generator, self.ema.pieces)
             ended = self.rules.observe(done, metrics)
             if ended is not None:
                 notices.append(f"{self.stage.name} ends early: {ended}")
@@ -196,7 +197,8 @@ class StageRun:
                 self.save(done, is_due)
             if ended or due(done, settings.sample_every, total):
                 picture = self.run / "samples" / f"{self.stage.name}-{done:06d}.png"
-                self.previews.paint(self.stage.roles.generator, self.ema.pieces, picture)
+                with roles.room_for_pictures():
+                    self.previews.paint(roles.generator, self.ema.pieces, picture)
             if ended:
                 self._end_early(done)
                 return True

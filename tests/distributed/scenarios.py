@@ -133,6 +133,28 @@ def shards(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str
     return {"held": held}
 
 
+def pictures_in_between(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """Of blocks that stay whole none does while pictures are painted; all do afterwards."""
+    stage = build()
+    base = next(base for base, roles in stage.roles.bases.items() if "generator" in roles)
+    assert isinstance(base, ShardedBase)
+
+    def painted() -> tuple[Tensor, int]:
+        with torch.no_grad():
+            velocity = first_velocity(stage, "generator")
+        base.after_backward()
+        return velocity, base.shards.gathered_bytes
+
+    before = painted()
+    with stage.roles.room_for_pictures():
+        meanwhile = base.shards.gathered_bytes, *painted()
+    return {
+        "gathered": [before[1], meanwhile[0], meanwhile[2], painted()[1]],
+        "kept": base.shards.num_kept,
+        "same": torch.equal(before[0], meanwhile[1]),
+    }
+
+
 def velocities(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
     """Velocities of generator and fake score as a stage starts, and the same under other weights."""
     files = [folder / name for name in ("generator.pt", "fake_score.pt")]
@@ -319,6 +341,7 @@ SCENARIOS = {
         other_order,
         one_call_more,
         shards,
+        pictures_in_between,
         velocities,
         small_steps,
         closed,

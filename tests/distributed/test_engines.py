@@ -114,6 +114,13 @@ def results(
             )
         },
         "shards": case(root / "shards", "shards", tiny_flux2),
+        "pictures": case(
+            root / "pictures",
+            "pictures_in_between",
+            tiny_flux2,
+            *shared("frozen_zero3"),
+            "roles.whole_blocks=2",
+        ),
         "closed": case(root / "closed", "closed", tiny_flux2, *small),
     }
     for scenario in ("missing_scores", "failing_scorer", "all_missing"):
@@ -226,6 +233,13 @@ def test_each_rank_holds_half_of_every_network(results: Results) -> None:
         for role, (shard, whole, gathered) in result["held"].items():
             assert shard <= 0.51 * whole, role  # padding of odd sizes
             assert gathered == 0, role
+
+
+def test_whole_blocks_give_way_to_pictures(results: Results) -> None:
+    for result in results["pictures"]:
+        first, *meanwhile, last = result["gathered"]
+        assert first == last > 0 and meanwhile == [0, 0]
+        assert result["kept"] == 2 and result["same"]
 
 
 @pytest.mark.parametrize("start", [f"{family}-{trains}" for family, trains in STARTS])
