@@ -26,9 +26,10 @@ steps=(--steps "${STEPS:-8}" --warmup "${WARMUP:-2}" --phase-steps 1 --no-save)
 short=(--stops ${STOPS:-1 4} "${steps[@]}")
 # 12 pictures in 2 batches of 6, clipscore alone: what the published code was timed with.
 tuning=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]")
-rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2)
-kept=(rtdmd.reward_backprop.micro_batch_size=3 rtdmd.reward_backprop.recompute_decoder=false)
+recomputed=(rtdmd.reward_backprop.recompute_decoder=true)
+rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2 "${recomputed[@]}")
 ones=(rtdmd.fake_score_micro_batch_size=1)
+singly=("${ones[@]}" rtdmd.reward_backprop.micro_batch_size=1 "${recomputed[@]}")
 
 run() { # NAME arguments of train_step …
   local name=$1 start=$SECONDS code
@@ -65,22 +66,22 @@ for name in "$@"; do
     cold_offload) run "$name" recipes/flux2_4b.yaml "${offloaded[@]}" $(recompute full) cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_1024) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) model.height=1024 model.width=1024 cold_start.micro_batch_size=1 "${short[@]}" ;;
     cold_lean) run "$name" recipes/flux2_4b.yaml "${shared[@]}" $(recompute full) "${short[@]}" ;;
-    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" rtdmd.reward_backprop.micro_batch_size=3 "${ones[@]}" ;;
-    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" "${kept[@]}" "${ones[@]}" ;;
-    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${kept[@]}" "${ones[@]}" ;;
-    rtdmd_recipe) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${kept[@]}" ;;
-    rtdmd_ones) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${kept[@]}" "${ones[@]}" ;;
-    rtdmd_half) run "$name" recipes/flux2_4b.yaml roles.whole_blocks=12 "${tuning[@]}" "${kept[@]}" "${ones[@]}" ;;
-    rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${kept[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
+    rtdmd_shared) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" "${recomputed[@]}" "${ones[@]}" ;;
+    rtdmd_kept) run "$name" recipes/flux2_4b.yaml "${shared[@]}" "${tuning[@]}" "${ones[@]}" ;;
+    rtdmd_copied) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" "${ones[@]}" ;;
+    rtdmd_recipe) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" ;;
+    rtdmd_ones) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${ones[@]}" ;;
+    rtdmd_half) run "$name" recipes/flux2_4b.yaml roles.whole_blocks=12 "${tuning[@]}" "${ones[@]}" ;;
+    rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
-    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${ones[@]}" ;;
+    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${singly[@]}" ;;
     nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
-    nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" ;;
+    nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" "${singly[@]}" ;;
     nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${short[@]}" ;;
-    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" "${ones[@]}" ;;
-    sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" ;;
-    sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) cold_start.micro_batch_size=9 "${short[@]}" --baseline ;;
+    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" "${singly[@]}" ;;
+    sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${short[@]}" ;;
+    sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) "${short[@]}" --baseline ;;
     sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) "${short[@]}" ;;
     *) failed=1; echo "$name: no such case" >&2 ;;
   esac
