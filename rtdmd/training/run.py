@@ -75,6 +75,16 @@ def _say(ranks: Ranks, text: str) -> None:
     ranks.on_main(lambda: print(f"rtdmd: {text}", file=sys.stderr, flush=True))
 
 
+def by_ranks(said: Sequence[str]) -> str:
+    """What all ranks say, or which of them says what: one machine may lack what another has."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(said):
+        ranks.setdefault(text, []).append(rank)
+    if len(ranks) == 1:
+        return said[0]
+    return "; ".join(f"{text} (ranks {', '.join(map(str, numbers))})" for text, numbers in ranks.items())
+
+
 def _run_stage(
     name: str,
     recipe: Recipe,
@@ -101,7 +111,8 @@ def _run_stage(
         return True
     stage = build_stage(name, recipe, ranks, calls, given)
     for base, names in stage.roles.bases.items():
-        _say(ranks, f"the base of {' and '.join(', '.join(names).rsplit(', ', 1))} is {base.placement}")
+        where = by_ranks(ranks.gather_objects(base.placement))
+        _say(ranks, f"the base of {' and '.join(', '.join(names).rsplit(', ', 1))} is {where}")
     stage_run = StageRun(
         stage=stage,
         ema=Ema(stage.roles.generator.engine, stage.settings.ema_decay, warmup=name == "rtdmd"),

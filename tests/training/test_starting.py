@@ -12,7 +12,7 @@ import pytest
 from rtdmd.errors import UserError
 from rtdmd.recipe import load_recipe
 from rtdmd.recipe.schema import Recipe
-from rtdmd.training.run import _begin, check_order
+from rtdmd.training.run import _begin, by_ranks, check_order
 
 BOTH = ["cold_start", "rtdmd"]
 
@@ -91,3 +91,8 @@ def test_afterwards_signals_are_noted() -> None:
         "try:\n    os.kill(me, signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_what_ranks_say_is_told_once_where_it_is_the_same() -> None:
+    assert by_ranks(["copied"] * 3) == "copied"
+    assert by_ranks(["copied", "copied", "gathered"]) == "copied (ranks 0, 1); gathered (ranks 2)"
