@@ -265,9 +265,9 @@ def exchange(
 ) -> dict[str, Any]:
     """What a step exchanges between ranks and, among several GPUs, how long one more step takes over it."""
     ranks = bench.ranks.world_size
-    partition, kept = next(
-        ((shards.num_ranks, shards.num_kept) for shards in all_shards(built.stage.roles)), (None, 0)
-    )
+    shards = all_shards(built.stage.roles)
+    partition = shards[0].num_ranks if shards else None
+    (kept,) = {each.num_kept for each in shards} or {0}  # bases are as deep as each other
     sent = traffic(bench.recipe, built.sizes, passes, updated, ranks, partition, kept)
     row: dict[str, Any] = {"traffic": asdict(sent), "kept_blocks": kept}
     if bench.ranks.world_size > 1 and bench.ranks.device.type == "cuda":

@@ -87,6 +87,8 @@ def share_memory(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
 def _symmetric(count: int, dtype: torch.dtype, ranks: Ranks) -> PeerMemory:
     # Read at the first use of symmetric memory; nothing here needs NVLink's multicast.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    # Nor a pool of torch's, which would keep what is given back.
+    os.environ.setdefault("TORCH_SYMMMEM_IMPLICIT_POOL", "0")
     import torch.distributed._symmetric_memory as symmetric_memory
 
     with ranks.together():

@@ -155,9 +155,18 @@ class BlockShards:
             unit.is_kept = number in blocks
         self.after_backward()
 
+    def gather_kept(self) -> None:
+        """Have whole now what stays so, rather than when it is first needed, between allocations of a pass.
+
+        Collective, unless shards are copied.
+        """
+        for index, unit in enumerate(self._units):
+            if unit.is_kept:
+                self._gather(index)
+
     @contextmanager
     def all_released(self) -> Iterator[None]:
-        """Inside the block none stays whole but the resident ones; those to keep come again after it."""
+        """Inside the block none stays whole but the resident ones; those to keep come again when needed."""
         kept = {number for number, unit in enumerate(self._blocks_in_shards) if unit.is_kept}
         self.keep(())
         try:
@@ -184,15 +193,15 @@ class BlockShards:
         unit = self._units[index]
         if unit.is_here:
             return
-        unit.is_here = True
         unit.whole.untyped_storage().resize_(unit.whole.nbytes)
         if self._stream is None:
             self._exchange(unit)
-            return
-        # What computed in the unit's memory before, on this stream, comes first.
-        self._stream.wait_stream(torch.cuda.current_stream(self._ranks.device))
-        with torch.cuda.stream(self._stream):
-            self._exchange(unit)
+        else:
+            # What computed in the unit's memory before, on this stream, comes first.
+            self._stream.wait_stream(torch.cuda.current_stream(self._ranks.device))
+            with torch.cuda.stream(self._stream):
+                self._exchange(unit)
+        unit.is_here = True  # not before: what failed is tried again
 
     def _exchange(self, unit: _Unit) -> None:
         if self._ranks.world_size == 1:

@@ -34,10 +34,9 @@ def most_kept(sizes: Sequence[int], room: float) -> int:
 class AutomaticResidency:
     """Chooses how many blocks of each base stay whole, after the second update of the generator.
 
-    At the first one AdamW allocates its moments, so that the second one has all that there is. The peak
-    counts from the start, with a first look at monitors and at pictures, unless
-    ``activation_checkpointing: auto`` measures first. Bases, named by their roles, share what is left in the
-    proportion of their sizes.
+    At the first one AdamW allocates its moments, so that the second one has all that there is, but for what
+    is looked at now and then alone, monitors: until such a look has been watched the choice waits. Bases,
+    named by their roles, share what is left in the proportion of their sizes.
     """
 
     def __init__(self, memory: DeviceMemory, ranks: Ranks, bases: Mapping[str, BlockShards]) -> None:
@@ -45,24 +44,37 @@ class AutomaticResidency:
         self._ranks = ranks
         self._bases = {name: shards for name, shards in bases.items() if shards.block_bytes}
         self._updates = 0
-        memory.empty_cache()  # what loading has left
-        memory.reset_peak()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was used so far: by loading, or by pictures between steps."""
+        self._watched_update = self._watched_closely = False
+        self._memory.empty_cache()
+        self._memory.reset_peak()
 
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to choose."""
         return not self._bases
 
-    def after_step(self, generator_updated: bool) -> list[str]:
-        """Collective: call after each step; what was chosen, when it is."""
-        if self.is_settled or not generator_updated:
+    def after_step(self, generator_updated: bool, closely: bool = True) -> list[str]:
+        """Collective: call after each step; what was chosen, when it is.
+
+        ``closely`` says that the step has looked at all that a stage ever looks at.
+        """
+        if self.is_settled:
             return []
-        self._updates += 1
-        if self._updates == 1:
+        self._updates += generator_updated
+        self._watched_update |= generator_updated
+        self._watched_closely |= closely
+        if self._updates < 2 or not (self._watched_update and self._watched_closely):
             return []
         notices = self._settle()
+        # Into memory of their own: carved out of what activations have left, they would stay in its way.
+        self._memory.empty_cache()
+        for shards in self._bases.values():
+            shards.gather_kept()
         self._bases = {}
-        self._memory.empty_cache()  # for whole blocks, which fit no hole that activations have left
         return notices
 
     def _settle(self) -> list[str]:

@@ -92,25 +92,36 @@ class Roles:
         ):
             student.engine.set_learning_rate(learning_rate(optimizer, step, num_steps))
 
-    def after_step(self, generator_updated: bool) -> tuple[str, ...]:
+    def after_step(self, generator_updated: bool, closely: bool = True) -> tuple[str, ...]:
         """Collective: call after each step; what the user should know of it.
 
-        Memory goes to activations first, and what they leave to blocks of the bases.
+        ``closely`` says that the step has looked at all that a stage ever looks at. Memory goes to
+        activations first, and what they leave to blocks of the bases.
         """
-        for choice in (self.recomputation, self.residency):
-            if choice is not None and not choice.is_settled:
-                return tuple(choice.after_step(generator_updated))
+        if self.recomputation is not None and not self.recomputation.is_settled:
+            notices = self.recomputation.after_step(generator_updated)
+            if notices:  # another peak from now on
+                self.watch_memory()
+            return tuple(notices)
+        if self.residency is not None:
+            return tuple(self.residency.after_step(generator_updated, closely))
         return ()
+
+    def watch_memory(self) -> None:
+        """Steps come now: what was used before them counts for nothing that is chosen by its use."""
+        if self.residency is not None and not self.residency.is_settled:
+            self.residency.restart()
 
     @contextmanager
     def room_for_pictures(self) -> Iterator[None]:
-        """Inside it no block of a base in shards stays whole.
+        """Collective: inside it no block of a base in shards stays whole.
 
         There was room for them beside training steps; pictures of another size may need more.
         """
         shards = [base.shards for base in self.bases if isinstance(base, ShardedBase)]
         if not any(each.num_kept for each in shards):
             yield
+            self.watch_memory()
             return
         with ExitStack() as stack:
             for each in shards:
@@ -118,6 +129,8 @@ class Roles:
             collect_garbage()
             yield
         collect_garbage()
+        for each in shards:
+            each.gather_kept()
 
     def close(self) -> None:
         """Free all three engines."""

@@ -82,7 +82,7 @@ class Rtdmd:
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
         metrics = scores.metrics() | means.read(self._ranks) | norms
         notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(epoch, metrics)]
-        notices += self.roles.after_step(True)
+        notices += self.roles.after_step(True, closely=self._looks_closely(epoch))
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
     def close(self) -> None:
@@ -111,6 +111,10 @@ class Rtdmd:
             "reward back-propagation has no gradient; raise the margin, or lower the rewards' weights"
         ]
 
+    def _looks_closely(self, epoch: int) -> bool:
+        """Whether the monitors look at the epoch's pictures, too."""
+        return epoch % self.settings.monitor_every == 0
+
     @torch.no_grad()
     def _sample(self, epoch: int, drawn: Sequence[int]) -> tuple[list[Record], EpochScores]:
         """Rollouts of all this rank's sampling batches, and the scores of all ranks' pictures.
@@ -124,7 +128,7 @@ class Rtdmd:
         # Each prompt is encoded once, however many batches its pictures are in.
         distinct = sorted({plan[index] for indices in batches for index in indices})
         texts = SharedTexts(self.texts(distinct), {prompt: row for row, prompt in enumerate(distinct)})
-        closely = epoch % self.settings.monitor_every == 0
+        closely = self._looks_closely(epoch)
         records, jobs = [], []
         for indices in batches:
             prompt_ids = [plan[index] for index in indices]

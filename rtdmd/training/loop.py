@@ -171,6 +171,7 @@ class StageRun:
             return True
         if stop.now(self.ranks):
             return False
+        roles.watch_memory()
         for step in range(first, total):
             report = self.stage.step(step)
             if report.generator_updated:

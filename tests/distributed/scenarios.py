@@ -24,10 +24,13 @@ from rtdmd.distributed.shared import ShardedBase
 from rtdmd.errors import TrainingHalted
 from rtdmd.recipe import load_recipe
 from rtdmd.stages.assemble import Stage, build_stage
+from rtdmd.stages.device_memory import GIB
 from rtdmd.stages.networks import HandOver
+from rtdmd.stages.residency import AutomaticResidency
 from rtdmd.training.checkpoint import CheckpointStore
 from tests.distributed.reference import without_rounding
 from tests.distributed.worker import whole_gradients
+from tests.stages.test_activations import Scripted
 
 ROLES = ("teacher", "generator", "fake_score")
 Built = Callable[..., Any]  # a Stage
@@ -153,6 +156,19 @@ def pictures_in_between(build: Built, ranks: Ranks, calls: CallLog, folder: Path
         "kept": base.shards.num_kept,
         "same": torch.equal(before[0], meanwhile[1]),
     }
+
+
+def unequal_memory(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
+    """Rank 1 has room for one block less than rank 0."""
+    stage = build()
+    base = next(iter(stage.roles.bases))
+    assert isinstance(base, ShardedBase)
+    sizes = base.shards.block_bytes
+    memory = Scripted(iter([GIB]), GIB + sum(sizes) - (0 if ranks.rank == 0 else 1))
+    residency = AutomaticResidency(memory, ranks, {"all": base.shards})
+    residency.after_step(True)
+    residency.after_step(True)
+    return {"kept": base.shards.num_kept, "blocks": len(sizes), "gathered": base.shards.gathered_bytes > 0}
 
 
 def velocities(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> dict[str, Any]:
@@ -342,6 +358,7 @@ SCENARIOS = {
         one_call_more,
         shards,
         pictures_in_between,
+        unequal_memory,
         velocities,
         small_steps,
         closed,

@@ -121,6 +121,9 @@ def results(
             *shared("frozen_zero3"),
             "roles.whole_blocks=2",
         ),
+        "unequal_memory": case(
+            root / "unequal_memory", "unequal_memory", tiny_flux2, *shared("frozen_zero3")
+        ),
         "closed": case(root / "closed", "closed", tiny_flux2, *small),
     }
     for scenario in ("missing_scores", "failing_scorer", "all_missing"):
@@ -233,6 +236,12 @@ def test_each_rank_holds_half_of_every_network(results: Results) -> None:
         for role, (shard, whole, gathered) in result["held"].items():
             assert shard <= 0.51 * whole, role  # padding of odd sizes
             assert gathered == 0, role
+
+
+def test_all_ranks_keep_what_the_fullest_has_room_for(results: Results) -> None:
+    first, second = results["unequal_memory"]
+    assert first == second and first["gathered"]
+    assert first["kept"] == first["blocks"] - 1
 
 
 def test_whole_blocks_give_way_to_pictures(results: Results) -> None:

@@ -141,6 +141,30 @@ def test_a_backward_that_broke_off_harms_no_later_forward(case: Case) -> None:
     assert_same(found, expected(case))
 
 
+@pytest.mark.parametrize("kept", [set(), {0}], ids=["released", "kept"])
+def test_a_block_that_could_not_be_gathered_is_gathered_the_next_time(
+    case: Case, kept: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, *_ = case
+    network, shards = build(case)
+    factors = adapt(network, family, "full")
+    shards.keep(kept)
+    exchange, victim = shards._exchange, next(u for u in shards._units[1:] if not u.is_resident)
+
+    def fail(unit: Any) -> None:
+        if unit is victim:
+            raise torch.OutOfMemoryError("no room")
+        exchange(unit)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="no room"):
+        patch.setattr(shards, "_exchange", fail)
+        gradients(network, factors, family)
+    shards.after_backward()
+    for _ in range(2):
+        assert_same(gradients(network, factors, family), expected(case))
+        shards.after_backward()
+
+
 def test_a_loss_of_a_blocks_own_output_has_its_gradient(case: Case) -> None:
     """It doesn't pass through the network's output, yet reaches what is in no block before it."""
     family, folder, device = case

@@ -70,6 +70,27 @@ def test_without_room_none_is_kept(build: list[BlockShards], ranks: Ranks) -> No
     assert ": 0 of" in notice and build[0].num_kept == 0
 
 
+def test_the_choice_waits_for_a_close_look(build: list[BlockShards], ranks: Ranks) -> None:
+    """And for an update and a look after what was between steps, which counts for nothing."""
+    memory = Scripted(iter([GIB]), 100 * GIB)
+    residency = AutomaticResidency(memory, ranks, {"teacher": build[0]})
+    assert residency.after_step(True, closely=True) == []
+    residency.restart()
+    assert memory.calls == ["empty_cache", "reset_peak"] * 2
+    for _ in range(3):
+        assert residency.after_step(True, closely=False) == []
+    residency.restart()
+    assert residency.after_step(False, closely=True) == []
+    assert len(residency.after_step(True, closely=False)) == 1
+
+
+def test_kept_blocks_are_there_at_once(build: list[BlockShards], ranks: Ranks) -> None:
+    residency = AutomaticResidency(Scripted(iter([GIB]), 100 * GIB), ranks, {"teacher": build[0]})
+    residency.after_step(True)
+    residency.after_step(True)
+    assert build[0].gathered_bytes == sum(build[0].block_bytes) > 0
+
+
 def test_more_blocks_than_there_are_is_all_of_them(build: list[BlockShards]) -> None:
     keep_blocks(build[0], 100)
     assert build[0].num_kept == len(build[0].block_bytes)
