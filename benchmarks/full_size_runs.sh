@@ -75,6 +75,7 @@ for name in "$@"; do
     rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
     nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${singly[@]}" ;;
+    nine_recipe_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
     nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" "${singly[@]}" ;;
@@ -82,6 +83,8 @@ for name in "$@"; do
     nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" "${singly[@]}" ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${short[@]}" ;;
     sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) "${short[@]}" --baseline ;;
+    sd35_rtdmd) run "$name" recipes/sd35m.yaml "${tuning[@]}" ;;
+    sd3_rtdmd) run "$name" recipes/sd3m.yaml "${tuning[@]}" ;;
     sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) "${short[@]}" ;;
     *) failed=1; echo "$name: no such case" >&2 ;;
   esac
