@@ -29,7 +29,7 @@ tuning=(--stage rtdmd "${steps[@]}" "rewards=[{name: clipscore}]")
 recomputed=(rtdmd.reward_backprop.recompute_decoder=true)
 rtdmd=("${tuning[@]}" rtdmd.micro_batch_size=2 rtdmd.reward_backprop.micro_batch_size=2 "${recomputed[@]}")
 ones=(rtdmd.fake_score_micro_batch_size=1)
-singly=("${ones[@]}" rtdmd.reward_backprop.micro_batch_size=1 "${recomputed[@]}")
+singly=(rtdmd.reward_backprop.micro_batch_size=1 "${recomputed[@]}")
 
 run() { # NAME arguments of train_step …
   local name=$1 start=$SECONDS code
@@ -74,13 +74,13 @@ for name in "$@"; do
     rtdmd_half) run "$name" recipes/flux2_4b.yaml roles.whole_blocks=12 "${tuning[@]}" "${ones[@]}" ;;
     rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
-    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${singly[@]}" ;;
+    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
     nine_recipe_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
     nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" "${singly[@]}" ;;
     nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${short[@]}" ;;
-    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" "${singly[@]}" ;;
+    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${short[@]}" ;;
     sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) "${short[@]}" --baseline ;;
     sd35_rtdmd) run "$name" recipes/sd35m.yaml "${tuning[@]}" ;;

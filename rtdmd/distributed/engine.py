@@ -169,8 +169,8 @@ class TrainedEngine(FrozenEngine, ABC):
         self._calls.record(f"{self.name}.step")
         # Read together: the host waits for the device once.
         differ = self._calls.differ(self.masters.checksum())
-        norm = self._gradient_norm()
-        calls_differ, weights_differ, norm = torch.cat([differ.double(), norm.double().view(1)]).tolist()
+        found = torch.cat([differ.double(), self._gradient_norm().double().view(1)])
+        calls_differ, weights_differ, norm = found.tolist()
         if calls_differ:
             self._calls.halt()
         if weights_differ:

@@ -118,19 +118,19 @@ class Roles:
 
         There was room for them beside training steps; pictures of another size may need more.
         """
-        shards = [base.shards for base in self.bases if isinstance(base, ShardedBase)]
-        if not any(each.num_kept for each in shards):
-            yield
-            self.watch_memory()
-            return
+        bases = [base.shards for base in self.bases if isinstance(base, ShardedBase)]
+        with_kept = [shards for shards in bases if shards.num_kept]
         with ExitStack() as stack:
-            for each in shards:
-                stack.enter_context(each.all_released())
-            collect_garbage()
+            for shards in with_kept:
+                stack.enter_context(shards.all_released())
+            if with_kept:
+                collect_garbage()
             yield
-        collect_garbage()
-        for each in shards:
-            each.gather_kept()
+        if with_kept:
+            collect_garbage()
+        for shards in with_kept:
+            shards.gather_kept()
+        self.watch_memory()
 
     def close(self) -> None:
         """Free all three engines."""
