@@ -72,9 +72,11 @@ for name in "$@"; do
     rtdmd_recipe) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" ;;
     rtdmd_ones) run "$name" recipes/flux2_4b.yaml "${tuning[@]}" "${ones[@]}" ;;
     rtdmd_half) run "$name" recipes/flux2_4b.yaml roles.whole_blocks=12 "${tuning[@]}" "${ones[@]}" ;;
+    rtdmd_twos) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
     rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
     nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
     nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
+    nine_threes_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
     nine_recipe_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
     nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;

@@ -82,6 +82,12 @@ class Roles:
                 found.setdefault(role.engine.network.base, []).append(role.engine.name)
         return found
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left that steps choose by their use of memory."""
+        choosers = (self.recomputation, self.residency)
+        return all(chooser is None or chooser.is_settled for chooser in choosers)
+
     def set_learning_rates(
         self, settings: ColdStartSection | RtdmdSection, step: int, num_steps: int
     ) -> None:

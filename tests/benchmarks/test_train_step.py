@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import pytest
 import torch
 
 from benchmarks import full_size, model_flops, train_step
+from benchmarks.measuring import Bench
+from rtdmd.distributed.collectives import Ranks
 from rtdmd.models import get_family
 from rtdmd.models.protocol import TextEmbeddings
 from rtdmd.recipe import load_recipe
+from rtdmd.stages.device_memory import GIB
+from rtdmd.stages.residency import AutomaticResidency
 from tests.distributed.launch import run_ranks
+from tests.stages.test_activations import Scripted
 
 SHORT = ["--tiny", "--steps", "1", "--warmup", "1", "--phase-steps", "1"]
 
@@ -130,6 +136,27 @@ def test_an_epoch_on_two_ranks(tmp_path: Path) -> None:
     epoch, save = result["rows"]
     assert result["ranks"] == 2 and epoch["case"] == "epoch of 4 pictures a rank" and save["gib"] > 0
     assert {"decode", "reward: clipscore", "reward back-propagation"} < set(epoch["phases"])
+
+
+def test_nothing_is_measured_before_blocks_were_chosen(tmp_path: Path, ranks: Ranks) -> None:
+    """Epochs that are measured look at no monitors; without such a look nothing would be chosen."""
+    offload = [
+        f"roles.{role}.engine=ds_configs/frozen_zero3_offload.json"
+        for role in ("teacher", "generator", "fake_score")
+    ]
+    overrides = [*offload, "rewards=[{name: clipscore}]", "--stage", "rtdmd"]
+    options = train_step.parse([*SHORT, "--warmup", "0", "recipes/flux2_4b.yaml", *overrides])
+    bench = Bench(options, train_step.prepare(options, tmp_path), ranks)
+    built = train_step.build(bench)
+    roles = built.stage.roles
+    shards = {str(number): each for number, each in enumerate(train_step.all_shards(roles))}
+    residency = AutomaticResidency(Scripted(iter([GIB]), 100 * GIB), ranks, shards)
+    built.stage.roles = replace(roles, residency=residency)
+    assert shards and not built.stage.roles.is_settled
+    row = train_step.bench_rtdmd(bench, built, samples=4)
+    assert built.stage.roles.is_settled and len(bench.result["notices"]) == len(shards)
+    assert row["kept_blocks"] == shards["0"].num_kept > 0
+    built.stage.close()
 
 
 def test_faults_are_told_before_anything_is_built(tmp_path: Path) -> None:
