@@ -8,7 +8,7 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,7 +114,10 @@ class BlockShards:
     ) -> None:
         self._units = units
         self._ranks = ranks
-        self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        count = ranks.world_size if any(unit.peers for unit in units) else 1
+        on_gpu = ranks.device.type == "cuda"
+        # One a rank to copy from: a single one keeps less than all of a GPU's links busy.
+        self._streams = [torch.cuda.Stream(ranks.device) for _ in range(count)] if on_gpu else []
         self._backward = False
         for index, module in enumerate((network, *blocks)):
             module.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True)
@@ -182,8 +185,8 @@ class BlockShards:
             work, _ = unit.in_flight
             if work is not None:
                 work.wait()
-            if self._stream is not None:
-                torch.cuda.current_stream(self._ranks.device).wait_stream(self._stream)
+            for stream in self._streams:
+                torch.cuda.current_stream(self._ranks.device).wait_stream(stream)
             unit.in_flight = None
         travelling = next((each for each in following if not self._units[each].stays), None)
         if travelling is not None:
@@ -194,14 +197,17 @@ class BlockShards:
         if unit.is_here:
             return
         unit.whole.untyped_storage().resize_(unit.whole.nbytes)
-        if self._stream is None:
+        if self._streams:  # what computed in the unit's memory before comes first
+            before = torch.cuda.current_stream(self._ranks.device).record_event()
+            for stream in self._streams:
+                stream.wait_event(before)
+        with self._beside(0):
             self._exchange(unit)
-        else:
-            # What computed in the unit's memory before, on this stream, comes first.
-            self._stream.wait_stream(torch.cuda.current_stream(self._ranks.device))
-            with torch.cuda.stream(self._stream):
-                self._exchange(unit)
         unit.is_here = True  # not before: what failed is tried again
+
+    def _beside(self, number: int) -> AbstractContextManager[Any]:
+        """On one of the streams for what travels."""
+        return torch.cuda.stream(self._streams[number]) if self._streams else nullcontext()
 
     def _exchange(self, unit: _Unit) -> None:
         if self._ranks.world_size == 1:
@@ -209,8 +215,10 @@ class BlockShards:
             unit.in_flight = None, unit.shard
             return
         if unit.peers:
-            for target, piece in copied_pieces(unit.whole, unit.peers, self._ranks.rank):
-                target.copy_(piece, non_blocking=True)
+            pieces = copied_pieces(unit.whole, unit.peers, self._ranks.rank)
+            for number, (target, piece) in enumerate(pieces):
+                with self._beside(number):
+                    target.copy_(piece, non_blocking=True)
             unit.in_flight = None, unit.shard
             return
         shard = unit.shard.to(self._ranks.device, non_blocking=True)

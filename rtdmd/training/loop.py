@@ -70,6 +70,7 @@ class StageRun:
     run: Path  # the run's folder
     rules: StopRules
     identity: dict[str, Any]  # of what is trained; on rank 0
+    evaluation_left_out: bool = False  # the one that was due at the last step
 
     @property
     def folder(self) -> Path:
@@ -100,6 +101,7 @@ class StageRun:
         self.ema.num_updates = progress["num_updates"]["ema"]
         self.stage.restore(progress["stage"])
         self.rules.restore(progress["stopping"])
+        self.evaluation_left_out = progress["evaluation_left_out"]
         best = self.rules.best_step
         if best is not None and self.store.at(best) is None:
             self.rules.forget_best()
@@ -118,6 +120,7 @@ class StageRun:
             "training": self.identity,
             "stage": self.stage.state(),
             "stopping": self.rules.state(),
+            "evaluation_left_out": self.evaluation_left_out,
         }
         replicated = [role for role, engine in engines.items() if engine.masters.replicated]
         self.store.save(step, self._state(), progress, replicated, self.rules.best_step)
@@ -135,6 +138,12 @@ class StageRun:
         if self.recipe.roles.generator.trains == "lora":
             family, lora = self.stage.family, self.recipe.lora
             self.ranks.on_main_first(lambda: save_diffusers_lora(state, self.folder, family, lora))
+
+    def _evaluate(self, evaluations: Evaluations) -> dict[str, float]:
+        """Collective: what the EMA's pictures score."""
+        roles = self.stage.roles
+        with roles.room_for_pictures():
+            return evaluations.measure(roles.generator, self.ema.pieces)
 
     def _copy_generator(self, name: str) -> None:
         self.ranks.on_main_first(lambda: copy_file(self.folder / GENERATOR_FILE, self.folder / name))
@@ -171,6 +180,8 @@ class StageRun:
             return True
         if stop.now(self.ranks):
             return False
+        if self.evaluation_left_out and self.evaluations:
+            tracker.amend(first, self._evaluate(self.evaluations))
         roles.watch_memory()
         for step in range(first, total):
             report = self.stage.step(step)
@@ -181,12 +192,13 @@ class StageRun:
             if self._compiles:
                 metrics["compiled_graphs"] = float(num_compiled_graphs())
             notices = list(report.notices)
+            self.evaluation_left_out = False
             if self.evaluations and due(done, self.recipe.evaluation.every, total):
                 if done < total and self.ranks.any(signal_came()):  # what is left of the time is for saving
-                    notices.append("the evaluation that is due was left out: a signal to stop has come")
+                    self.evaluation_left_out = True
+                    notices.append("a signal to stop has come; the evaluation that is due comes on resuming")
                 else:
-                    with roles.room_for_pictures():
-                        metrics |= self.evaluations.measure(roles.generator, self.ema.pieces)
+                    metrics |= self._evaluate(self.evaluations)
             ended = self.rules.observe(done, metrics)
             if ended is not None:
                 notices.append(f"{self.stage.name} ends early: {ended}")

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ class Tracker:
         self._started = time.monotonic()
         self._path = run / METRICS_FILE
         forget_after(self._path, stage, first)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._file = self._open()
         self._bar = tqdm(total=total, initial=first, desc=stage, file=sys.stderr, mininterval=1.0)
         self._noticed: set[str] = set()
         self._sinks: dict[str, Sink] = {}
@@ -50,14 +51,33 @@ class Tracker:
         record = {"stage": self._stage, "step": step, "seconds": round(seconds, 4)} | metrics
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for name, sink in list(self._sinks.items()):
-            self._guarded(name, lambda: sink(self._stage, step, metrics))  # noqa: B023
+        self._send(step, metrics)
         shown = {name.split("/")[-1]: metrics[name] for name in _SHOWN if name in metrics}
         shown |= {name: value for name, value in metrics.items() if name.startswith("reward/")}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         for notice in notices:
             self._notice(f"step {step}: {notice}", notice)
+
+    def amend(self, step: int, metrics: dict[str, float]) -> None:
+        """Add ``metrics`` to the record of ``step``, the last one of an earlier launch."""
+        if not self._active:
+            return
+        self._file.close()
+        records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            if (record["stage"], record["step"]) == (self._stage, step):
+                record |= metrics
+        replace_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
+        self._file = self._open()
+        self._send(step, metrics)
+
+    def _open(self) -> TextIO:
+        return open(self._path, "a", encoding="utf-8")
+
+    def _send(self, step: int, metrics: dict[str, float]) -> None:
+        for name, sink in list(self._sinks.items()):
+            self._guarded(name, lambda: sink(self._stage, step, metrics))  # noqa: B023
 
     def _guarded(self, name: str, act: Callable[[], None]) -> None:
         """What only shows a run mustn't end it: a service that fails is done without."""

@@ -58,7 +58,7 @@ def arguments(run: Path, pipeline: Path, clip: Path, *extra: str) -> list[str]:
         "rtdmd.sample_batch_size=2",
         "rtdmd.checkpoint_every=100",
         "preview.num_images=2",
-        "evaluation.every=2",
+        "evaluation.every=3",
         "evaluation.sets=[{name: words, prompts: {source: recipes/dry_run_prompts.txt, limit: 3}}]",
         "evaluation.num_images_per_prompt=2",
         "evaluation.batch_size=2",
@@ -120,7 +120,7 @@ def test_the_run_leaves_what_is_promised(straight: Path) -> None:
     assert stages == ["cold_start"] * ITERATIONS + ["rtdmd"] * EPOCHS
     assert (straight / "recipe.yaml").is_file()
     evaluated = [record["step"] for record in metrics(straight) if "evaluation/words/clipscore" in record]
-    assert evaluated == [2, 4, 2]
+    assert evaluated == [3, 4, 2]
     pictures = {path.name for path in (straight / "samples").iterdir()}
     assert pictures == {"cold_start-000003.png", "cold_start-000004.png", "rtdmd-000002.png"}
     for stage in ("cold_start", "rtdmd"):
@@ -143,14 +143,27 @@ def test_scores_during_training_are_those_of_evaluate(straight: Path, tmp_path: 
     assert len(found) == 4
 
 
+def leave_evaluation_out(run: Path, checkpoint: Path) -> None:
+    """That of the last step, from its record; the checkpoint says so."""
+    *lines, last = (run / "metrics.jsonl").read_text().splitlines()
+    record = {name: value for name, value in json.loads(last).items() if not name.startswith("evaluation/")}
+    assert len(record) < len(json.loads(last))
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["evaluation_left_out"] is False
+    (checkpoint / "state.json").write_text(json.dumps(state | {"evaluation_left_out": True}))
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_flux2: Path, tiny_clip: Path) -> Path:
     """Stops within stage 1 between two generator updates, and within stage 2; the middle launch crosses
-    the hand-over."""
+    the hand-over. An evaluation is due at the first stop, and is left out as on a signal."""
     run = tmp_path_factory.mktemp("runs") / "resumed"
     for steps in ("3", "2"):
         done = run_ranks([*arguments(run, tiny_flux2, tiny_clip), "--max-steps", steps], 2)
         assert "the same command goes on" in done[0].stdout
+        if steps == "3":
+            leave_evaluation_out(run, run / "cold_start/checkpoints/step-000003")
     run_ranks(arguments(run, tiny_flux2, tiny_clip), 2)
     return run
 
@@ -355,13 +368,18 @@ def test_sigterm_saves_and_says_that_it_was_interrupted(
     tmp_path: Path, tiny_flux2: Path, tiny_clip: Path
 ) -> None:
     run, output = tmp_path / "terminated", tmp_path / "output"
-    endless = ("cold_start.iterations=10000", "rtdmd.sample_batch_size=4")
+    endless = ("cold_start.iterations=10000", "rtdmd.sample_batch_size=4", "evaluation.every=1")
     with one_rank(arguments(run, tiny_flux2, tiny_clip, *endless), output) as process:
         wait_for_a_step(run, process, output)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 75, output.read_text()
-    steps = len(metrics(run))
-    assert (run / "cold_start/checkpoints/latest").read_text() == f"step-{steps:06d}"
+    records = metrics(run)
+    latest = (run / "cold_start/checkpoints/latest").read_text()
+    assert latest == f"step-{len(records):06d}"
+    # Unless the signal came during an evaluation.
+    left_out = read_progress(run / "cold_start/checkpoints" / latest)["evaluation_left_out"]
+    assert left_out == ("evaluation/words/clipscore" not in records[-1])
+    assert left_out == ("the evaluation that is due comes on resuming" in output.read_text())
 
 
 def test_a_reward_server_that_is_killed_stops_the_run(
