@@ -7,6 +7,7 @@ A case is {"scenario", "folder", "stage", "overrides"}; each rank writes its res
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -389,6 +390,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     ranks = start_ranks(60)
+    gc.freeze()  # engines collect garbage when they close; what has been imported is none
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run_case(case, ranks)
     stop_ranks()

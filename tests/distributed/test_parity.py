@@ -73,6 +73,7 @@ COMPILED = (
     *(f"roles.{role}.compile=blocks" for role in ("teacher", "generator", "fake_score")),
 )
 KEPT = ("roles.whole_blocks=2",)
+TWO_BATCHES = ("rtdmd.num_sample_batches=2",)
 ACCUMULATED = ("cold_start.micro_batch_size=1", "rtdmd.micro_batch_size=1")
 # Policy, matching and hinge gradients differ by orders of magnitude; each has a case that it dominates.
 MATCHING = ("rtdmd.distribution_matching_weight=1000", "rtdmd.reward_backprop.weight=0")
@@ -91,18 +92,18 @@ def shared(stage: str, family: str = "flux2", engine: str = "zero0", **more: Any
 
 CASES = [
     *(Case("cold_start", family, extra=ACCUMULATED) for family in ("flux2", "sd3")),
-    *(Case("rtdmd", family, steps=3, extra=ACCUMULATED) for family in ("flux2", "sd3")),
+    *(Case("rtdmd", family, extra=(*ACCUMULATED, *TWO_BATCHES)) for family in ("flux2", "sd3")),
     Case("cold_start", "sd3", trains="full", extra=ACCUMULATED),
     Case("rtdmd", trains="full", extra=ACCUMULATED),
     Case("cold_start", extra=PLAIN_LAYOUT),
     Case("rtdmd", extra=PLAIN_LAYOUT),
     Case("cold_start", extra=SELECTIVE),
-    Case("cold_start", extra=("cold_start.sub_interval=false", "seed=1")),  # the generator stops at 4, twice
-    Case("rtdmd", steps=1, extra=MATCHING),
+    shared("cold_start", extra=("cold_start.sub_interval=false", "seed=1")),  # the generator stops at 4, twice
+    shared("rtdmd", steps=1, extra=MATCHING),
     Case("rtdmd", steps=1, extra=HINGE),
-    Case("rtdmd", steps=1, extra=(*MATCHING, "rtdmd.matched_steps=trained", "rtdmd.policy_weight=0")),
-    Case("rtdmd", "sd3", steps=1, extra=("rtdmd.matched_steps=trained", *ACCUMULATED)),
-    Case("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),
+    shared("rtdmd", steps=1, extra=(*MATCHING, "rtdmd.matched_steps=trained", "rtdmd.policy_weight=0")),
+    shared("rtdmd", "sd3", steps=1, extra=("rtdmd.matched_steps=trained", *ACCUMULATED)),
+    shared("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero2")),
     shared("cold_start", extra=PLAIN_LAYOUT[:1]),
     shared("rtdmd", "sd3", extra=ACCUMULATED),
@@ -115,12 +116,12 @@ PLACES = ("zero0", "frozen_zero3", "frozen_zero3_offload")
 MORE_CASES = [
     *(Case("cold_start", family, steps=3, extra=ACCUMULATED) for family in ("flux2", "sd3")),
     Case("cold_start", trains="full", steps=3, extra=ACCUMULATED),
-    Case("rtdmd", "sd3", trains="full", steps=3, extra=ACCUMULATED),
+    Case("rtdmd", "sd3", trains="full", steps=3, extra=(*ACCUMULATED, *TWO_BATCHES)),
     Case("rtdmd", "sd3", extra=SELECTIVE),
     *(Case("cold_start", engine=engine) for engine in ("zero1", "zero3_offload")),
     *(Case("rtdmd", engine=engine) for engine in ("zero0", "zero2")),
     Case("cold_start", trains="full", engine="zero2"),
-    shared("rtdmd", "sd3", steps=3, extra=ACCUMULATED),
+    shared("rtdmd", "sd3", steps=3, extra=(*ACCUMULATED, *TWO_BATCHES)),
     *(shared("rtdmd", engine=engine, extra=SELECTIVE[1:]) for engine in PLACES),
 ]
 
@@ -135,7 +136,7 @@ def overrides(case: Case, pipelines: dict[str, Path], clip: Path, world_size: in
         f"cold_start.batch_size={per_rank}",
         "cold_start.generator_every=1",
         f"rtdmd.sample_batch_size={per_rank}",
-        f"rtdmd.num_sample_batches={2 if case.steps == 3 else 1}",
+        "rtdmd.num_sample_batches=1",
         f"cold_start.iterations={case.steps}",
         f"rtdmd.epochs={case.steps}",
         f"{case.stage}.generator.cooldown=0.9",

@@ -5,6 +5,7 @@ RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python worker.py CASES.j
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ def main() -> None:
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
     ranks = start_ranks(120)
+    gc.freeze()  # engines collect garbage when they close; what has been imported is none
     for case in cases:
         result = run_case(case, ranks)
         if ranks.is_main:
