@@ -79,6 +79,9 @@ for name in "$@"; do
     nine_threes_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
     nine_recipe_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
     nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
+    nine_auto) run "$name" recipes/flux2_9b.yaml $(recompute auto) "${short[@]}" ;;
+    nine_auto_rtdmd) run "$name" recipes/flux2_9b.yaml $(recompute auto) "${tuning[@]}" ;;
+    nine_ones) run "$name" recipes/flux2_9b.yaml $(recompute none) cold_start.micro_batch_size=1 "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" "${singly[@]}" ;;
     nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${short[@]}" ;;
@@ -88,6 +91,8 @@ for name in "$@"; do
     sd35_rtdmd) run "$name" recipes/sd35m.yaml "${tuning[@]}" ;;
     sd3_rtdmd) run "$name" recipes/sd3m.yaml "${tuning[@]}" ;;
     sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) "${short[@]}" ;;
+    sd3_auto) run "$name" recipes/sd3m.yaml $(recompute auto) "${short[@]}" ;;
+    sd3_auto_rtdmd) run "$name" recipes/sd3m.yaml $(recompute auto) "${tuning[@]}" rtdmd.reward_backprop.recompute_decoder=false ;;
     *) failed=1; echo "$name: no such case" >&2 ;;
   esac
 done

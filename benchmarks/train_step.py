@@ -217,10 +217,10 @@ def step(bench: Bench, built: Built, number: int) -> None:
 def settle(bench: Bench, built: Built) -> None:
     """Steps until what is chosen by their use of memory has been chosen; epoch 0 looks at the monitors."""
     for _ in range(MOST_TO_SETTLE):
-        if built.stage.roles.is_settled:
-            return
-        step(bench, built, 0)
-    raise RuntimeError(f"nothing was chosen by the use of memory in {MOST_TO_SETTLE} steps")
+        if not built.stage.roles.is_settled:
+            step(bench, built, 0)
+    if not built.stage.roles.is_settled:
+        raise RuntimeError(f"nothing was chosen by the use of memory in {MOST_TO_SETTLE} steps")
 
 
 def cold_start_cases(bench: Bench) -> Iterator[Case]:
