@@ -238,12 +238,12 @@ def cold_start_cases(bench: Bench) -> Iterator[Case]:
 def bench_cold_start(bench: Bench, built: Built, *, stop: int, with_generator: bool) -> dict[str, Any]:
     """Iterations whose rollouts end after ``stop`` steps."""
     built.stage.draws = StopAt(built.draws, stop)  # type: ignore[assignment]
+    built.stage.settings = replace(bench.recipe.cold_start, generator_every=1)
+    settle(bench, built)
     # One iteration after the other, as in the loop: each encodes the next one's prompts.
     every = 1 if with_generator else sys.maxsize
     built.stage.settings = replace(bench.recipe.cold_start, generator_every=every)
     run = partial(step, bench, built)
-    if with_generator:
-        settle(bench, built)
     forwards = cold_start_forwards(bench.recipe, stop, with_generator)
     row = bench.measure(run, bench.recipe.cold_start.batch_size, forwards)
     updated = ["fake_score", "generator"] if with_generator else ["fake_score"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placem
     return Placement(part, copies=obstacle is None, obstacle=obstacle)
 
 
+@cache
+def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """The same for every network: torch has 32 for a device, and gives them out again and again."""
+    return [torch.cuda.Stream(device) for _ in range(count)]
+
+
 @dataclass
 class _Unit:
     """Parameters that are gathered together: one block's, or all that are in no block.
@@ -114,10 +120,9 @@ class BlockShards:
     ) -> None:
         self._units = units
         self._ranks = ranks
-        count = ranks.world_size if any(unit.peers for unit in units) else 1
-        on_gpu = ranks.device.type == "cuda"
         # One a rank to copy from: a single one keeps less than all of a GPU's links busy.
-        self._streams = [torch.cuda.Stream(ranks.device) for _ in range(count)] if on_gpu else []
+        count = ranks.world_size if any(unit.peers for unit in units) else 1
+        self._streams = _streams(ranks.device, count) if ranks.device.type == "cuda" else []
         self._backward = False
         for index, module in enumerate((network, *blocks)):
             module.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True)

@@ -101,7 +101,7 @@ class StageRun:
         self.ema.num_updates = progress["num_updates"]["ema"]
         self.stage.restore(progress["stage"])
         self.rules.restore(progress["stopping"])
-        self.evaluation_left_out = progress["evaluation_left_out"]
+        self.evaluation_left_out = self.ranks.any(progress["evaluation_left_out"])
         best = self.rules.best_step
         if best is not None and self.store.at(best) is None:
             self.rules.forget_best()
@@ -182,6 +182,8 @@ class StageRun:
             return False
         if self.evaluation_left_out and self.evaluations:
             tracker.amend(first, self._evaluate(self.evaluations))
+            if stop.now(self.ranks):  # nothing but that is lost
+                return False
         roles.watch_memory()
         for step in range(first, total):
             report = self.stage.step(step)
@@ -192,14 +194,15 @@ class StageRun:
             if self._compiles:
                 metrics["compiled_graphs"] = float(num_compiled_graphs())
             notices = list(report.notices)
+            ended = self.rules.observe(done, metrics)
+            is_last = done == total or ended is not None
             self.evaluation_left_out = False
             if self.evaluations and due(done, self.recipe.evaluation.every, total):
-                if done < total and self.ranks.any(signal_came()):  # what is left of the time is for saving
+                if not is_last and self.ranks.any(signal_came()):  # what is left of the time is for saving
                     self.evaluation_left_out = True
                     notices.append("a signal to stop has come; the evaluation that is due comes on resuming")
                 else:
                     metrics |= self._evaluate(self.evaluations)
-            ended = self.rules.observe(done, metrics)
             if ended is not None:
                 notices.append(f"{self.stage.name} ends early: {ended}")
             tracker.log(done, metrics, notices)

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -46,10 +46,7 @@ class Tracker:
         """Record ``step`` finished steps (1, 2, …); a notice is shown above the bar, once."""
         if not self._active:
             return
-        seconds = time.monotonic() - self._started
-        self._started = time.monotonic()
-        record = {"stage": self._stage, "step": step, "seconds": round(seconds, 4)} | metrics
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(self._record(step) | metrics) + "\n")
         self._file.flush()
         self._send(step, metrics)
         shown = {name.split("/")[-1]: metrics[name] for name in _SHOWN if name in metrics}
@@ -60,17 +57,25 @@ class Tracker:
             self._notice(f"step {step}: {notice}", notice)
 
     def amend(self, step: int, metrics: dict[str, float]) -> None:
-        """Add ``metrics`` to the record of ``step``, the last one of an earlier launch."""
+        """Add ``metrics`` and the time that they took to an earlier launch's record of ``step``."""
         if not self._active:
             return
         self._file.close()
+        added = self._record(step)
         records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-        for record in records:
-            if (record["stage"], record["step"]) == (self._stage, step):
-                record |= metrics
+        found = [each for each in records if (each["stage"], each["step"]) == (self._stage, step)]
+        for record in found:
+            record |= metrics | {"seconds": round(record["seconds"] + added["seconds"], 4)}
+        if not found:  # a crash of the machine may have taken it
+            records.append(added | metrics)
         replace_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._open()
         self._send(step, metrics)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        seconds = time.monotonic() - self._started
+        self._started = time.monotonic()
+        return {"stage": self._stage, "step": step, "seconds": round(seconds, 4)}
 
     def _open(self) -> TextIO:
         return open(self._path, "a", encoding="utf-8")

@@ -77,6 +77,7 @@ TWO_BATCHES = ("rtdmd.num_sample_batches=2",)
 ACCUMULATED = ("cold_start.micro_batch_size=1", "rtdmd.micro_batch_size=1")
 # Policy, matching and hinge gradients differ by orders of magnitude; each has a case that it dominates.
 MATCHING = ("rtdmd.distribution_matching_weight=1000", "rtdmd.reward_backprop.weight=0")
+EVERYWHERE = (*MATCHING, "rtdmd.matched_steps=trained", "rtdmd.policy_weight=0")
 HINGE = (
     "rtdmd.distribution_matching_weight=0",
     "rtdmd.reward_backprop.weight=1000",
@@ -101,7 +102,7 @@ CASES = [
     shared("cold_start", extra=("cold_start.sub_interval=false", "seed=1")),  # it stops at 4, twice
     shared("rtdmd", steps=1, extra=MATCHING),
     Case("rtdmd", steps=1, extra=HINGE),
-    shared("rtdmd", steps=1, extra=(*MATCHING, "rtdmd.matched_steps=trained", "rtdmd.policy_weight=0")),
+    Case("rtdmd", steps=1, extra=EVERYWHERE),
     shared("rtdmd", "sd3", steps=1, extra=("rtdmd.matched_steps=trained", *ACCUMULATED)),
     shared("rtdmd", steps=1, extra=("rtdmd.old_log_prob=rollout", "rtdmd.advantage_global_std=false")),
     *(Case("cold_start", engine=engine) for engine in ("zero0", "zero2")),
@@ -121,6 +122,9 @@ MORE_CASES = [
     *(Case(stage, extra=PLAIN_LAYOUT) for stage in ("cold_start", "rtdmd")),
     Case("cold_start", engine="zero3_offload"),
     Case("rtdmd", engine="zero0"),
+    Case("rtdmd", engine="zero1", steps=1),
+    Case("rtdmd", steps=3, extra=(*ACCUMULATED, *TWO_BATCHES)),
+    Case("rtdmd", "sd3", steps=1, extra=EVERYWHERE),
     Case("cold_start", trains="full", engine="zero2"),
     shared("rtdmd", "sd3", steps=3, extra=(*ACCUMULATED, *TWO_BATCHES)),
     *(shared("rtdmd", engine=engine, extra=SELECTIVE[1:]) for engine in PLACES),
@@ -316,7 +320,7 @@ def test_one_rank_equals_two(
     two_ranks: Results, tmp_path: Path, pipelines: dict[str, Path], tiny_clip: Path
 ) -> None:
     cases = [
-        Case("cold_start", engine="zero1", extra=PLAIN_LAYOUT),
+        Case("cold_start", extra=ACCUMULATED),
         Case("rtdmd", engine="zero2", extra=PLAIN_LAYOUT),
         shared("cold_start", extra=PLAIN_LAYOUT[:1]),
     ]

@@ -29,6 +29,27 @@ def test_records_beyond_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert steps(path) == [("cold_start", 1), ("cold_start", 2), ("rtdmd", 1)]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_record_of_an_earlier_launch_is_amended(tmp_path: Path, is_there: bool) -> None:
+    """Or made, where the machine lost it; other stages' and steps' stay as they are."""
+    path = tmp_path / "metrics.jsonl"
+    others = [
+        {"stage": stage, "step": step, "seconds": 9.0} for stage, step in (("cold_start", 2), ("rtdmd", 1))
+    ]
+    mine = [{"stage": "rtdmd", "step": 2, "seconds": 9.0, "fake_score/loss": 1.0}] if is_there else []
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*others, *mine]))
+    tracker = Tracker(tmp_path, "rtdmd", 2, 3, TrackingSection(), MAIN)
+    tracker.amend(2, {"evaluation/words/clipscore": 0.5})
+    tracker.log(3, {"fake_score/loss": 2.0})
+    tracker.close()
+    *kept, amended, last = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept == others
+    seconds = amended.pop("seconds")
+    assert (seconds >= 9) == is_there and last["seconds"] < 9
+    loss = {"fake_score/loss": 1.0} if is_there else {}
+    assert amended == {"stage": "rtdmd", "step": 2, "evaluation/words/clipscore": 0.5} | loss
+
+
 def test_a_notice_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = Tracker(tmp_path, "rtdmd", 0, 3, TrackingSection(), MAIN)
     for step in (1, 2, 3):
@@ -52,5 +73,6 @@ def test_a_board_that_fails_does_not_end_the_run(tmp_path: Path, capsys: pytest.
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "rtdmd", 0, 3, TrackingSection(), Ranks(1, 2, torch.device("cpu")))
     tracker.log(1, {"reward/clipscore": 0.5})
+    tracker.amend(1, {"evaluation/words/clipscore": 0.5})
     tracker.close()
     assert not any(tmp_path.iterdir())
