@@ -74,25 +74,25 @@ for name in "$@"; do
     rtdmd_half) run "$name" recipes/flux2_4b.yaml roles.whole_blocks=12 "${tuning[@]}" "${ones[@]}" ;;
     rtdmd_twos) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
     rtdmd_threes) run "$name" recipes/flux2_4b.yaml "${in_shards[@]}" "${tuning[@]}" rtdmd.fake_score_micro_batch_size=3 ;;
-    nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${short[@]}" ;;
-    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
-    nine_threes_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" "${tuning[@]}" ;;
+    nine_sharded) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" $(recompute full) "${short[@]}" ;;
+    nine_sharded_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" $(recompute full) "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
+    nine_threes_rtdmd) run "$name" recipes/flux2_9b.yaml "${in_shards[@]}" $(recompute full) "${tuning[@]}" ;;
     nine_recipe_rtdmd) run "$name" recipes/flux2_9b.yaml "${tuning[@]}" ;;
     nine_recipe) run "$name" recipes/flux2_9b.yaml "${short[@]}" ;;
-    nine_auto) run "$name" recipes/flux2_9b.yaml $(recompute auto) "${short[@]}" ;;
-    nine_auto_rtdmd) run "$name" recipes/flux2_9b.yaml $(recompute auto) "${tuning[@]}" ;;
+    nine_full) run "$name" recipes/flux2_9b.yaml $(recompute full) "${short[@]}" ;;
+    nine_full_rtdmd) run "$name" recipes/flux2_9b.yaml $(recompute full) "${tuning[@]}" ;;
     nine_ones) run "$name" recipes/flux2_9b.yaml $(recompute none) cold_start.micro_batch_size=1 "${short[@]}" ;;
     nine) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${short[@]}" ;;
     nine_rtdmd) run "$name" recipes/flux2_9b.yaml "${separate[@]}" "${tuning[@]}" "${singly[@]}" ;;
-    nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${short[@]}" ;;
-    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" model.text_encoder=offload "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
+    nine_lean) run "$name" recipes/flux2_9b.yaml "${shared[@]}" $(recompute full) model.text_encoder=offload "${short[@]}" ;;
+    nine_lean_rtdmd) run "$name" recipes/flux2_9b.yaml "${shared[@]}" $(recompute full) model.text_encoder=offload "${tuning[@]}" "${singly[@]}" "${ones[@]}" ;;
     sd35) run "$name" recipes/sd35m.yaml "${replicated[@]}" "${compiled[@]}" $(recompute none) "${short[@]}" ;;
     sd35_shared) run "$name" recipes/sd35m.yaml "${shared[@]}" $(recompute none) "${short[@]}" --baseline ;;
     sd35_rtdmd) run "$name" recipes/sd35m.yaml "${tuning[@]}" ;;
     sd3_rtdmd) run "$name" recipes/sd3m.yaml "${tuning[@]}" ;;
     sd3_shared) run "$name" recipes/sd3m.yaml "${shared[@]}" $(recompute selective) "${short[@]}" ;;
-    sd3_auto) run "$name" recipes/sd3m.yaml $(recompute auto) "${short[@]}" ;;
-    sd3_auto_rtdmd) run "$name" recipes/sd3m.yaml $(recompute auto) "${tuning[@]}" rtdmd.reward_backprop.recompute_decoder=false ;;
+    sd3_recipe) run "$name" recipes/sd3m.yaml "${short[@]}" ;;
+    sd3_full_rtdmd) run "$name" recipes/sd3m.yaml $(recompute full) "${tuning[@]}" "${recomputed[@]}" ;;
     *) failed=1; echo "$name: no such case" >&2 ;;
   esac
 done

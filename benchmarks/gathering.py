@@ -3,7 +3,7 @@
   python -m torch.distributed.run --standalone --nproc-per-node 4 -m benchmarks.gathering [--mib 300]
 
 Gathers --mib in one piece, as a block of FLUX.2-klein 4B has. The rate counts what a rank receives. "copies"
-is what ``roles.gather`` does, on a stream a peer; "copies, one stream" has one for all. Matrix products
+is what ``roles.gather`` does, one stream for all peers; "copies, streams" has one a peer. Matrix products
 beside a gather take longer by so much (on GPUs; a CPU only tries the script). Medians, the slowest rank's.
 """
 
@@ -44,7 +44,7 @@ class Gathering:
             self._memory = share_memory(self._shard.numel(), torch.uint8, self._ranks)
             self._memory.of_ranks[self._ranks.rank].copy_(self._shard)
             self._ranks.barrier()
-            found |= {"copies": self._copies, "copies, one stream": self._copies_on_one_stream}
+            found |= {"copies": self._copies, "copies, streams": self._copies_on_streams}
         return found
 
     def _collective(self) -> None:
@@ -53,13 +53,13 @@ class Gathering:
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         return copied_pieces(self.whole, self._memory.of_ranks, self._ranks.rank)
 
-    def _copies_on_one_stream(self) -> None:
+    def _copies(self) -> None:
         for target, piece in self._pieces():
             target.copy_(piece, non_blocking=True)
 
-    def _copies(self) -> None:
+    def _copies_on_streams(self) -> None:
         if not self._streams:
-            self._copies_on_one_stream()
+            self._copies()
             return
         for stream, (target, piece) in zip(self._streams, self._pieces(), strict=True):
             stream.wait_stream(torch.cuda.current_stream())

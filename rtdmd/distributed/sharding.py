@@ -8,9 +8,9 @@ once: two hooks a block leave its code to torch.compile, and the next block trav
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,12 +70,6 @@ def placement_of(config: dict[str, Any], gather: Gather, ranks: Ranks) -> Placem
     return Placement(part, copies=obstacle is None, obstacle=obstacle)
 
 
-@cache
-def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    """The same for every network: torch has 32 for a device, and gives them out again and again."""
-    return [torch.cuda.Stream(device) for _ in range(count)]
-
-
 @dataclass
 class _Unit:
     """Parameters that are gathered together: one block's, or all that are in no block.
@@ -120,9 +114,7 @@ class BlockShards:
     ) -> None:
         self._units = units
         self._ranks = ranks
-        # One a rank to copy from: a single one keeps less than all of a GPU's links busy.
-        count = ranks.world_size if any(unit.peers for unit in units) else 1
-        self._streams = _streams(ranks.device, count) if ranks.device.type == "cuda" else []
+        self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         self._backward = False
         for index, module in enumerate((network, *blocks)):
             module.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True)
@@ -190,8 +182,8 @@ class BlockShards:
             work, _ = unit.in_flight
             if work is not None:
                 work.wait()
-            for stream in self._streams:
-                torch.cuda.current_stream(self._ranks.device).wait_stream(stream)
+            if self._stream is not None:
+                torch.cuda.current_stream(self._ranks.device).wait_stream(self._stream)
             unit.in_flight = None
         travelling = next((each for each in following if not self._units[each].stays), None)
         if travelling is not None:
@@ -202,17 +194,14 @@ class BlockShards:
         if unit.is_here:
             return
         unit.whole.untyped_storage().resize_(unit.whole.nbytes)
-        if self._streams:  # what computed in the unit's memory before comes first
-            before = torch.cuda.current_stream(self._ranks.device).record_event()
-            for stream in self._streams:
-                stream.wait_event(before)
-        with self._beside(0):
+        if self._stream is None:
             self._exchange(unit)
+        else:
+            # What computed in the unit's memory before, on this stream, comes first.
+            self._stream.wait_stream(torch.cuda.current_stream(self._ranks.device))
+            with torch.cuda.stream(self._stream):
+                self._exchange(unit)
         unit.is_here = True  # not before: what failed is tried again
-
-    def _beside(self, number: int) -> AbstractContextManager[Any]:
-        """On one of the streams for what travels."""
-        return torch.cuda.stream(self._streams[number]) if self._streams else nullcontext()
 
     def _exchange(self, unit: _Unit) -> None:
         if self._ranks.world_size == 1:
@@ -220,10 +209,8 @@ class BlockShards:
             unit.in_flight = None, unit.shard
             return
         if unit.peers:
-            pieces = copied_pieces(unit.whole, unit.peers, self._ranks.rank)
-            for number, (target, piece) in enumerate(pieces):
-                with self._beside(number):
-                    target.copy_(piece, non_blocking=True)
+            for target, piece in copied_pieces(unit.whole, unit.peers, self._ranks.rank):
+                target.copy_(piece, non_blocking=True)
             unit.in_flight = None, unit.shard
             return
         shard = unit.shard.to(self._ranks.device, non_blocking=True)

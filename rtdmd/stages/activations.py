@@ -30,7 +30,23 @@ class PeakWatch:
         self._memory = memory
         self._role: str | None = None
         self._hooks: list[RemovableHandle] = []
+        self._reserved = 0
         self.peaks: dict[str, int] = {}
+
+    def restart(self) -> None:
+        """Forget what was reserved so far: by a first update, or by pictures between steps."""
+        self._memory.empty_cache()
+        self._memory.reset_peak()
+        self._reserved = 0
+
+    @property
+    def beside(self) -> int:
+        """Bytes reserved beyond the highest of the roles' peaks.
+
+        Torch keeps them for reuse: for the scoring thread's stream, which alone may have them, and in pieces
+        that are too small.
+        """
+        return max(0, self._reserved - max(self.peaks.values()))
 
     def observe(self, role: str, network: nn.Module, is_present: Callable[[], bool]) -> None:
         """Watch the forwards of a role's network: those in which it ``is_present``."""
@@ -47,6 +63,7 @@ class PeakWatch:
         if self._role is not None:
             self.peaks[self._role] = max(self.peaks.get(self._role, 0), self._memory.peak())
         self._role = None
+        self._reserved = max(self._reserved, self._memory.peak_reserved())
         self._memory.reset_peak()
 
     def stop(self) -> None:
@@ -90,6 +107,10 @@ class AutomaticRecomputation:
         """Whether nothing is left to choose."""
         return not self._roles
 
+    def restart(self) -> None:
+        """Forget what was reserved so far: by loading, or by pictures between steps."""
+        self._watch.restart()
+
     def after_step(self, generator_updated: bool) -> list[str]:
         """Collective: call after each step; what was chosen, when it is.
 
@@ -103,6 +124,7 @@ class AutomaticRecomputation:
         self._updates += 1
         if self._updates == 1:
             self._watch.peaks.clear()
+            self.restart()
             return []
         self._watch.stop()
         notices = [self._settle(role, recomputation) for role, recomputation in self._roles.items()]
@@ -112,7 +134,9 @@ class AutomaticRecomputation:
 
     def _settle(self, role: str, recomputation: Recomputation) -> str:
         # Ranks that recomputed other blocks than each other would gather other shards under ZeRO-3.
-        mine = [self._watch.peaks[role], -self._memory.available(), *recomputation.kept_bytes()]
+        # Of what is reserved: an allocator that is short of it gives back and asks again in every step.
+        reserved = self._watch.peaks[role] + self._watch.beside
+        mine = [reserved, -self._memory.available(), *recomputation.kept_bytes()]
         together = torch.tensor(mine, dtype=torch.float64, device=self._ranks.device)
         peak, lacking, *kept = self._ranks.max(together).tolist()
         measured, total = recomputation.measured, len(kept)
@@ -121,7 +145,8 @@ class AutomaticRecomputation:
         recomputation.choose(count)
         return (
             f"{role}: {count} of {total} blocks are recomputed in backward (activation_checkpointing: auto); "
-            f"a peak of {predicted / GIB:.1f} GiB is expected of {-lacking / GIB:.1f} GiB to be had"
+            f"{predicted / GIB:.1f} GiB at most, as reserved, "
+            f"are expected of {-lacking / GIB:.1f} GiB to be had"
         )
 
 

@@ -85,8 +85,13 @@ class Roles:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left that steps choose by their use of memory."""
+        return not self._choosers
+
+    @property
+    def _choosers(self) -> list[AutomaticRecomputation | AutomaticResidency]:
+        """That have something left to choose."""
         choosers = (self.recomputation, self.residency)
-        return all(chooser is None or chooser.is_settled for chooser in choosers)
+        return [chooser for chooser in choosers if chooser is not None and not chooser.is_settled]
 
     def set_learning_rates(
         self, settings: ColdStartSection | RtdmdSection, step: int, num_steps: int
@@ -115,8 +120,8 @@ class Roles:
 
     def watch_memory(self) -> None:
         """Steps come now: what was used before them counts for nothing that is chosen by its use."""
-        if self.residency is not None and not self.residency.is_settled:
-            self.residency.restart()
+        for chooser in self._choosers:
+            chooser.restart()
 
     @contextmanager
     def room_for_pictures(self) -> Iterator[None]:

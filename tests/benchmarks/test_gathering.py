@@ -16,6 +16,6 @@ def test_all_ways_on_two_ranks() -> None:
     assert re.findall(r"^\| (.*?) \| [\d.]+ \| [\d.]+ \|$", first.stdout, re.MULTILINE) == [
         "collective",
         "copies",
-        "copies, one stream",
+        "copies, streams",
     ]
     assert "|" not in second.stdout

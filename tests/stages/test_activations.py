@@ -23,6 +23,7 @@ class Scripted:
     def __init__(self, peaks: Iterator[int], available: int) -> None:
         self._peaks = peaks
         self._available = available
+        self.reserved = 0
         self.calls: list[str] = []
 
     def reset_peak(self) -> None:
@@ -33,13 +34,15 @@ class Scripted:
         return next(self._peaks)
 
     def peak_reserved(self) -> int:
-        return next(self._peaks)
+        return self.reserved
 
     def available(self) -> int:
         return self._available
 
     def empty_cache(self) -> None:
+        """What is cached is given back."""
         self.calls.append("empty_cache")
+        self.reserved = 0
 
 
 def chain(widths: tuple[int, ...]) -> tuple[Chain, Recomputation]:
@@ -81,6 +84,36 @@ def test_roles_are_settled_after_the_second_generator_update(ranks: Ranks) -> No
     assert recomputed(of_generator) == [True, False, True, False]
     assert recomputed(of_fake) == [False, False]
     assert next(peaks, None) is None  # nothing is watched afterwards
+
+
+@pytest.mark.parametrize(
+    ("reserved", "expected"),
+    [
+        (700, 0),  # less than the peak, 1000: what of another time, before a cache was given back
+        (1000, 0),
+        (1001, 1),  # 1240 + 1, for 1240 to be had
+        (1081, 2),  # one recomputed has 1160 + 81
+    ],
+)
+def test_what_is_reserved_beside_the_peak_counts(ranks: Ranks, reserved: int, expected: int) -> None:
+    """The network of before, with room for all its activations, but for what torch can't use for them.
+
+    What was reserved at the first update, or while pictures were painted after it, doesn't count.
+    """
+    generator, of_generator = chain((10, 10, 10, 10))
+    memory = Scripted(iter([9000, 1000]), 1240)
+    automatic = AutomaticRecomputation(memory, ranks)
+    automatic.add("generator", generator, of_generator)
+    memory.reserved = 9000
+    update(generator)
+    assert automatic.after_step(True) == []
+    memory.reserved += 9000
+    automatic.restart()
+    memory.reserved += reserved
+    update(generator)
+    (notice,) = automatic.after_step(True)
+    assert f"generator: {expected} of 4 blocks" in notice
+    assert sum(recomputed(of_generator)) == expected
 
 
 def test_a_role_with_its_own_setting_is_left_alone(ranks: Ranks) -> None:

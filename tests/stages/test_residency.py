@@ -51,8 +51,9 @@ def test_bases_share_the_room_after_the_second_update(build: list[BlockShards], 
     sizes = one.block_bytes
     total = len(sizes)
     assert total >= 6
-    memory = Scripted(iter([7 * GIB]), 7 * GIB + sum(sizes))  # for half of both
+    memory = Scripted(iter(()), 7 * GIB + sum(sizes))  # for half of both
     residency = AutomaticResidency(memory, ranks, {"teacher, fake_score": one, "generator": other})
+    memory.reserved = 7 * GIB
     notices = [residency.after_step(updated) for updated in (False, True, False, True, True)]
     assert [len(each) for each in notices] == [0, 0, 0, 2, 0] and residency.is_settled
     assert memory.calls == ["empty_cache", "reset_peak", "empty_cache"]
@@ -64,7 +65,9 @@ def test_bases_share_the_room_after_the_second_update(build: list[BlockShards], 
 
 
 def test_without_room_none_is_kept(build: list[BlockShards], ranks: Ranks) -> None:
-    residency = AutomaticResidency(Scripted(iter([2 * GIB]), GIB), ranks, {"teacher": build[0]})
+    memory = Scripted(iter(()), GIB)
+    residency = AutomaticResidency(memory, ranks, {"teacher": build[0]})
+    memory.reserved = 2 * GIB
     assert residency.after_step(True) == []
     (notice,) = residency.after_step(True)
     assert ": 0 of" in notice and build[0].num_kept == 0
@@ -72,7 +75,7 @@ def test_without_room_none_is_kept(build: list[BlockShards], ranks: Ranks) -> No
 
 def test_the_choice_waits_for_a_close_look(build: list[BlockShards], ranks: Ranks) -> None:
     """And for an update and a look after what was between steps, which counts for nothing."""
-    memory = Scripted(iter([GIB]), 100 * GIB)
+    memory = Scripted(iter(()), 100 * GIB)
     residency = AutomaticResidency(memory, ranks, {"teacher": build[0]})
     assert residency.after_step(True, closely=True) == []
     residency.restart()
@@ -85,7 +88,7 @@ def test_the_choice_waits_for_a_close_look(build: list[BlockShards], ranks: Rank
 
 
 def test_kept_blocks_are_there_at_once(build: list[BlockShards], ranks: Ranks) -> None:
-    residency = AutomaticResidency(Scripted(iter([GIB]), 100 * GIB), ranks, {"teacher": build[0]})
+    residency = AutomaticResidency(Scripted(iter(()), 100 * GIB), ranks, {"teacher": build[0]})
     residency.after_step(True)
     residency.after_step(True)
     assert build[0].gathered_bytes == sum(build[0].block_bytes) > 0
