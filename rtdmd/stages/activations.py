@@ -16,37 +16,22 @@ from torch.utils.hooks import RemovableHandle
 from rtdmd.distributed.collectives import Ranks
 from rtdmd.models.recomputation import Recomputation, fewest_recomputed, predicted_peak, spread
 from rtdmd.recipe.schema import Recipe
-from rtdmd.stages.device_memory import GIB, CudaMemory, DeviceMemory
+from rtdmd.stages.device_memory import GIB, CudaMemory, DeviceMemory, Watched
 
 
 class PeakWatch:
     """The peak while each role's gradient is computed.
 
     A role's time begins with the first forward of its network that carries gradient, and ends with another
-    role's.
+    role's, or when its gradient is said to be done.
     """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
         self._role: str | None = None
         self._hooks: list[RemovableHandle] = []
-        self._reserved = 0
+        self._reserved = self._outside = 0
         self.peaks: dict[str, int] = {}
-
-    def restart(self) -> None:
-        """Forget what was reserved so far: by a first update, or by pictures between steps."""
-        self._memory.empty_cache()
-        self._memory.reset_peak()
-        self._reserved = 0
-
-    @property
-    def beside(self) -> int:
-        """Bytes reserved beyond the highest of the roles' peaks.
-
-        Torch keeps them for reuse: for the scoring thread's stream, which alone may have them, and in pieces
-        that are too small.
-        """
-        return max(0, self._reserved - max(self.peaks.values()))
 
     def observe(self, role: str, network: nn.Module, is_present: Callable[[], bool]) -> None:
         """Watch the forwards of a role's network: those in which it ``is_present``."""
@@ -59,11 +44,30 @@ class PeakWatch:
         self._hooks.append(network.register_forward_pre_hook(enter))
 
     def close(self) -> None:
-        """End the time of the role whose it is."""
-        if self._role is not None:
-            self.peaks[self._role] = max(self.peaks.get(self._role, 0), self._memory.peak())
+        """End the time of the role whose it is, or that between roles."""
+        peak = self._memory.peak()
+        if self._role is None:
+            self._outside = max(self._outside, peak)
+        else:
+            self.peaks[self._role] = max(self.peaks.get(self._role, 0), peak)
         self._role = None
         self._reserved = max(self._reserved, self._memory.peak_reserved())
+        self._memory.reset_peak()
+
+    def beside(self) -> int:
+        """Bytes reserved that a role's activations can't have.
+
+        Other streams keep what they have used, above all the scoring thread's; the rest is what of this
+        stream's was never full, in pieces that are too small.
+        """
+        others = self._memory.reserved_by_others()
+        return others + max(0, self._reserved - others - max(self._outside, *self.peaks.values()))
+
+    def restart(self) -> None:
+        """Forget what was used so far."""
+        self.peaks.clear()
+        self._reserved = self._outside = 0
+        self._memory.empty_cache()
         self._memory.reset_peak()
 
     def stop(self) -> None:
@@ -73,18 +77,18 @@ class PeakWatch:
 
 
 class AutomaticRecomputation:
-    """Chooses the number of recomputed blocks of roles after their second update.
+    """Chooses the number of recomputed blocks of roles, after two updates of the generator and a close look.
 
-    Until then all blocks are recomputed but one of each kind, which is measured. At the first update AdamW
-    allocates its moments and kernels compile, so only the second one's peak counts.
+    Until then all blocks are recomputed but one of each kind, which is measured. Only what comes after the
+    first update counts.
     """
 
     def __init__(self, memory: DeviceMemory, ranks: Ranks) -> None:
         self._memory = memory
         self._ranks = ranks
         self._watch = PeakWatch(memory)
+        self._watched = Watched()
         self._roles: dict[str, Recomputation] = {}
-        self._updates = 0
 
     def add(
         self,
@@ -108,34 +112,36 @@ class AutomaticRecomputation:
         return not self._roles
 
     def restart(self) -> None:
-        """Forget what was reserved so far: by loading, or by pictures between steps."""
+        """Forget what was used so far: by loading, by a first update, or by pictures between steps."""
+        self._watched.restart()
         self._watch.restart()
 
-    def after_step(self, generator_updated: bool) -> list[str]:
-        """Collective: call after each step; what was chosen, when it is.
+    def gradient_is_done(self) -> None:
+        """What is used from now on, until another role's forward, is no role's."""
+        if not self.is_settled:
+            self._watch.close()
 
-        The generator is updated the most rarely; once it has been, all roles have.
-        """
+    def after_step(self, generator_updated: bool, closely: bool = True) -> list[str]:
+        """Collective: call after each step; what was chosen, when it is."""
         if self.is_settled:
             return []
         self._watch.close()
-        if not generator_updated:
-            return []
-        self._updates += 1
-        if self._updates == 1:
-            self._watch.peaks.clear()
+        is_known = self._watched.after_step(generator_updated, closely)
+        if generator_updated and self._watched.updates == 1:
             self.restart()
+        if not is_known:
             return []
         self._watch.stop()
-        notices = [self._settle(role, recomputation) for role, recomputation in self._roles.items()]
+        beside = self._watch.beside()
+        notices = [self._settle(role, recomputation, beside) for role, recomputation in self._roles.items()]
         self._roles = {}
         self._memory.empty_cache()  # what is cached was cut to the sizes of before
         return notices
 
-    def _settle(self, role: str, recomputation: Recomputation) -> str:
+    def _settle(self, role: str, recomputation: Recomputation, beside: int) -> str:
         # Ranks that recomputed other blocks than each other would gather other shards under ZeRO-3.
         # Of what is reserved: an allocator that is short of it gives back and asks again in every step.
-        reserved = self._watch.peaks[role] + self._watch.beside
+        reserved = self._watch.peaks[role] + beside
         mine = [reserved, -self._memory.available(), *recomputation.kept_bytes()]
         together = torch.tensor(mine, dtype=torch.float64, device=self._ranks.device)
         peak, lacking, *kept = self._ranks.max(together).tolist()

@@ -159,6 +159,7 @@ class ColdStart:
 
         The host's part of encoding, which is most of it, then passes while the device is at a backward.
         """
+        self.roles.gradient_is_done()
         if iteration < self.num_steps:
             self._ahead = {iteration: self._batch(iteration)}
 

@@ -15,7 +15,7 @@ from rtdmd.distributed.sharding import BlockShards
 from rtdmd.distributed.shared import ShardedBase, SharedBase
 from rtdmd.models.recomputation import spread
 from rtdmd.recipe.schema import Recipe
-from rtdmd.stages.device_memory import GIB, CudaMemory, DeviceMemory
+from rtdmd.stages.device_memory import GIB, CudaMemory, DeviceMemory, Watched
 
 
 def keep_blocks(shards: BlockShards, count: int) -> None:
@@ -32,23 +32,21 @@ def most_kept(sizes: Sequence[int], room: float) -> int:
 
 
 class AutomaticResidency:
-    """Chooses how many blocks of each base stay whole, after the second update of the generator.
+    """Chooses how many blocks of each base stay whole, after two updates of the generator and a close look.
 
-    At the first one AdamW allocates its moments, so that the second one has all that there is, but for what
-    is looked at now and then alone, monitors: until such a look has been watched the choice waits. Bases,
-    named by their roles, share what is left in the proportion of their sizes.
+    Bases, named by their roles, share what is left in the proportion of their sizes.
     """
 
     def __init__(self, memory: DeviceMemory, ranks: Ranks, bases: Mapping[str, BlockShards]) -> None:
         self._memory = memory
         self._ranks = ranks
         self._bases = {name: shards for name, shards in bases.items() if shards.block_bytes}
-        self._updates = 0
+        self._watched = Watched()
         self.restart()
 
     def restart(self) -> None:
         """Forget what was used so far: by loading, or by pictures between steps."""
-        self._watched_update = self._watched_closely = False
+        self._watched.restart()
         self._memory.empty_cache()
         self._memory.reset_peak()
 
@@ -58,16 +56,8 @@ class AutomaticResidency:
         return not self._bases
 
     def after_step(self, generator_updated: bool, closely: bool = True) -> list[str]:
-        """Collective: call after each step; what was chosen, when it is.
-
-        ``closely`` says that the step has looked at all that a stage ever looks at.
-        """
-        if self.is_settled:
-            return []
-        self._updates += generator_updated
-        self._watched_update |= generator_updated
-        self._watched_closely |= closely
-        if self._updates < 2 or not (self._watched_update and self._watched_closely):
+        """Collective: call after each step; what was chosen, when it is."""
+        if self.is_settled or not self._watched.after_step(generator_updated, closely):
             return []
         notices = self._settle()
         # Into memory of their own: carved out of what activations have left, they would stay in its way.

@@ -110,13 +110,18 @@ class Roles:
         activations first, and what they leave to blocks of the bases.
         """
         if self.recomputation is not None and not self.recomputation.is_settled:
-            notices = self.recomputation.after_step(generator_updated)
+            notices = self.recomputation.after_step(generator_updated, closely)
             if notices:  # another peak from now on
                 self.watch_memory()
             return tuple(notices)
         if self.residency is not None:
             return tuple(self.residency.after_step(generator_updated, closely))
         return ()
+
+    def gradient_is_done(self) -> None:
+        """What comes before another role's forward takes the memory that activations have left."""
+        if self.recomputation is not None:
+            self.recomputation.gradient_is_done()
 
     def watch_memory(self) -> None:
         """Steps come now: what was used before them counts for nothing that is chosen by its use."""

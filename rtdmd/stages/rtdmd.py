@@ -82,7 +82,8 @@ class Rtdmd:
         norms = {"fake_score/grad_norm": fake_norm, "generator/grad_norm": generator_norm}
         metrics = scores.metrics() | means.read(self._ranks) | norms
         notices = [*scores.notices(), *self._alarms.observe(scores), *self._hinge_notices(epoch, metrics)]
-        notices += self.roles.after_step(True, closely=self._looks_closely(epoch))
+        closely = self._looks_closely(epoch) or not self.panel.monitors
+        notices += self.roles.after_step(True, closely)
         return StepReport(metrics, generator_updated=True, notices=tuple(notices))
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class Rtdmd:
         ]
 
     def _looks_closely(self, epoch: int) -> bool:
-        """Whether the monitors look at the epoch's pictures, too."""
+        """Whether the monitors, if there are any, look at the epoch's pictures, too."""
         return epoch % self.settings.monitor_every == 0
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ class Scripted:
     def __init__(self, peaks: Iterator[int], available: int) -> None:
         self._peaks = peaks
         self._available = available
-        self.reserved = 0
+        self.reserved = self.others = 0
         self.calls: list[str] = []
 
     def reset_peak(self) -> None:
@@ -35,6 +35,9 @@ class Scripted:
 
     def peak_reserved(self) -> int:
         return self.reserved
+
+    def reserved_by_others(self) -> int:
+        return self.others
 
     def available(self) -> int:
         return self._available
@@ -68,8 +71,10 @@ def test_roles_are_settled_after_the_second_generator_update(ranks: Ranks) -> No
     """
     generator, of_generator = chain((10, 10, 10, 10))
     fake, of_fake = chain((10, 20))
-    # At the first update all is larger: it doesn't count.
-    peaks = iter([9000, 9000, 700, 600, 700, 1000])
+    # At the first update all is larger: it doesn't count, nor what is outside the roles' times.
+    outside = 0
+    first, second = [outside, 9000, 9000], [outside, 700, 1000]
+    peaks = iter([*first, outside, 700, outside, 600, *second])
     automatic = AutomaticRecomputation(Scripted(peaks, 1080), ranks)
     automatic.add("generator", generator, of_generator)
     automatic.add("fake_score", fake, of_fake)
@@ -87,33 +92,60 @@ def test_roles_are_settled_after_the_second_generator_update(ranks: Ranks) -> No
 
 
 @pytest.mark.parametrize(
-    ("reserved", "expected"),
+    ("reserved", "others", "outside", "expected"),
     [
-        (700, 0),  # less than the peak, 1000: what of another time, before a cache was given back
-        (1000, 0),
-        (1001, 1),  # 1240 + 1, for 1240 to be had
-        (1081, 2),  # one recomputed has 1160 + 81
+        (1000, 0, 0, 0),
+        (1001, 0, 0, 1),  # 1240 + 1, for 1240 to be had
+        (1081, 0, 0, 2),  # one recomputed has 1160 + 81
+        (1500, 0, 1500, 0),  # something else had what activations will have
+        (1500, 0, 1400, 2),  # 100 of it in pieces
+        (1081, 81, 0, 2),  # another stream's
+        (1581, 81, 1500, 2),  # likewise, beside something else on this stream
+        (1581, 81, 1400, 3),  # and 100 in pieces: two recomputed have 1080 + 181
+        (900, 0, 0, 0),  # less than the peak, 1000: of another time, before a cache was given back
     ],
 )
-def test_what_is_reserved_beside_the_peak_counts(ranks: Ranks, reserved: int, expected: int) -> None:
-    """The network of before, with room for all its activations, but for what torch can't use for them.
+def test_what_is_reserved_beside_the_peak_counts(
+    ranks: Ranks, reserved: int, others: int, outside: int, expected: int
+) -> None:
+    """A peak of 1000 bytes with one of four blocks of 80 bytes kept; with all of them 1240, which there are.
 
-    What was reserved at the first update, or while pictures were painted after it, doesn't count.
+    What was used at the first update, or while pictures were painted after it, doesn't count.
     """
     generator, of_generator = chain((10, 10, 10, 10))
-    memory = Scripted(iter([9000, 1000]), 1240)
+    memory = Scripted(iter([9000, 9000, 9000, outside, 1000, outside]), 1240)
     automatic = AutomaticRecomputation(memory, ranks)
     automatic.add("generator", generator, of_generator)
     memory.reserved = 9000
     update(generator)
     assert automatic.after_step(True) == []
+    automatic.gradient_is_done()
     memory.reserved += 9000
     automatic.restart()
-    memory.reserved += reserved
+    memory.reserved, memory.others = reserved, others
     update(generator)
+    automatic.gradient_is_done()
     (notice,) = automatic.after_step(True)
     assert f"generator: {expected} of 4 blocks" in notice
     assert sum(recomputed(of_generator)) == expected
+    automatic.gradient_is_done()  # and nothing is read of the device any more
+
+
+def test_the_choice_waits_for_a_close_look(ranks: Ranks) -> None:
+    """After the first update, and after what was between steps; the roles' peaks are of these steps, too."""
+    generator, of_generator = chain((10, 10, 10, 10))
+    peaks = iter([0, 9000, 0, 1000, 0, 9000, 0, 1000, 0, 990])
+    automatic = AutomaticRecomputation(Scripted(peaks, 1240), ranks)
+    automatic.add("generator", generator, of_generator)
+    for closely in (True, False, False):
+        update(generator)
+        assert automatic.after_step(True, closely) == []
+    automatic.restart()
+    update(generator)
+    assert automatic.after_step(True, closely=False) == []
+    update(generator)
+    (notice,) = automatic.after_step(True, closely=True)
+    assert "generator: 0 of 4 blocks" in notice
 
 
 def test_a_role_with_its_own_setting_is_left_alone(ranks: Ranks) -> None:
@@ -129,6 +161,21 @@ def test_a_role_with_its_own_setting_is_left_alone(ranks: Ranks) -> None:
         notices = automatic.after_step(True)
     assert len(notices) == 1 and "generator: 2 of 2 blocks" in notices[0]
     assert recomputed(of_fake) == [True, False]
+
+
+@pytest.mark.gpu
+def test_what_other_streams_have_reserved() -> None:
+    """Of a tensor of 64 MiB that a stream has had and let go of: torch keeps it for that stream."""
+    memory = CudaMemory(torch.device("cuda", 0))
+    memory.empty_cache()
+    before = memory.reserved_by_others()
+    with torch.cuda.stream(torch.cuda.Stream(0)):
+        torch.empty(2**26, dtype=torch.uint8, device="cuda:0")
+    torch.empty(2**27, dtype=torch.uint8, device="cuda:0")
+    assert memory.reserved_by_others() - before == 2**26
+    torch.cuda.synchronize()
+    memory.empty_cache()
+    assert memory.reserved_by_others() == before
 
 
 @pytest.mark.gpu
