@@ -43,7 +43,7 @@ $(STAMP): setup.py
 demo: $(STAMP) ## a trained teacher becomes a 4-step generator on two CPU cores: pictures, curves, table
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1; start=$$SECONDS; \
 	  deepspeed --num_gpus 2 train_ds.py recipes/demo.yaml $(ARGS) \
-	  && OMP_NUM_THREADS=2 python -m benchmarks.shapes.report runs/demo \
+	  && OMP_NUM_THREADS=2 python -m benchmarks.shapes.report runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),demo) \
 	  && echo "the demo took $$((SECONDS - start)) s, installation apart"
 
 dry-run: $(STAMP) ## both stages on tiny random weights: the machinery alone, ZeRO-3 on two CPU ranks
@@ -69,6 +69,7 @@ format: $(STAMP) ## format, and mend what ruff can mend
 	@$(BIN)/ruff format .
 
 validate: $(STAMP) ## check every recipe without loading weights
+	@test -d build/tiny || $(BIN)/python -m rtdmd.models.tiny build/tiny
 	@$(BIN)/rtdmd validate recipes/*.yaml
 
 clean: ## remove build outputs and caches (.venv and runs/ stay)

@@ -46,6 +46,7 @@ setup(
         "numpy>=2.4",
         "scipy>=1.17",  # transformers' Mask2Former (geneval) is not built without it
         "pillow>=13",
+        "psutil>=7",
         "pyyaml>=6.0.3",
         "tqdm>=4.70",
     ],

@@ -12,10 +12,10 @@ import socket
 import sys
 import traceback
 
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import TrainingHalted, UserError, told_of_full_disk
 from rtdmd.processes import environment_world_size
 from rtdmd.recipe import Recipe, load_checked
-from rtdmd.termination import leave_on_signals
+from rtdmd.termination import end_with_launcher, leave_on_signals
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,6 +38,7 @@ def main() -> int:
         print(f"rtdmd: --max-steps {arguments.max_steps}: give at least 1", file=sys.stderr)
         return 2
     if arguments.local_rank is not None:
+        end_with_launcher()
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     is_main = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -71,9 +72,7 @@ def run(recipe: Recipe, stages: list[str], max_steps: int | None, is_main: bool)
     except KeyboardInterrupt:  # the second Ctrl-C
         code, report = 130, f"{who}: interrupted; the last checkpoint is as it was"
     except Exception as error:
-        full = "No space left on device" in str(error)  # of OSError, safetensors' and torch's own
-        told = f"{error}; free some and start the same command again" if full else traceback.format_exc()
-        code, report = 1, f"{who}: {told}"
+        code, report = 1, f"{who}: {told_of_full_disk(error) or traceback.format_exc()}"
     print(report, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtdmd import __version__
-from rtdmd.errors import TrainingHalted, UserError
+from rtdmd.errors import TrainingHalted, UserError, told_of_full_disk
 from rtdmd.processes import environment_world_size
 
 
@@ -24,7 +24,10 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Exit codes: 0 fine, 2 the user's mistake, 3 training stopped itself, 130 Ctrl-C."""
+    """Run a subcommand.
+
+    Exit codes: 0 fine, 1 a full disk, 2 the user's mistake, 3 training stopped itself, 130 Ctrl-C.
+    """
     commands = "\n".join(f"  {name:<15}{command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="rtdmd",
@@ -51,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        told = told_of_full_disk(error)
+        if told is None:
+            raise
+        print(told, file=sys.stderr)
+        return 1
 
 
 def _add_validate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +176,9 @@ def _sample(arguments: argparse.Namespace) -> int:
         devices=devices_for(arguments.gpus, arguments.device),
         grid=arguments.grid,
     )
+    notice = sample.schedule_notice(options.run, recipe) if options.run else None
+    if notice:
+        print(notice, file=sys.stderr)
     sample.sample(recipe, options, " ".join([recipes[0], *overrides]), prompts, output)
     return 0
 

@@ -12,6 +12,13 @@ class TrainingHalted(Exception):
     """A run stopped itself to protect its state (non-finite numbers, diverging ranks). Exit code 3."""
 
 
+def told_of_full_disk(error: Exception) -> str | None:
+    """What to say of an error, OSError, safetensors' or torch's own, if it is that of a full disk."""
+    if "No space left on device" not in str(error):
+        return None
+    return f"{error}; free some and start the same command again"
+
+
 def nearest_hint(word: str, known: Sequence[str]) -> str:
     """``; did you mean 'x'?`` for the nearest known word, else the list of known words."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)

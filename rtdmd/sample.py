@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -138,6 +138,18 @@ def build_painter(recipe: Recipe, options: SampleOptions, device: torch.device) 
     network = _network(recipe, options, trained, family, device)
     unconditional = family.encode_prompts([""])
     return Painter(family, network, few, guidance_scale, unconditional, Draws(options.seed, PICTURES), device)
+
+
+def schedule_notice(run: Path, recipe: Recipe) -> str | None:
+    """What to say where a run was trained to paint by another schedule than the recipe's."""
+    own = run / RECIPE_FILE
+    if not own.is_file():
+        return None
+    trained, given = asdict(load_recipe(own).schedule), asdict(recipe.schedule)
+    told = [f"schedule.{key} = {trained[key]}" for key in trained if trained[key] != given[key]]
+    if not told:
+        return None
+    return f"{run} was trained with {', '.join(told)}, and paints otherwise here; give {own} as the recipe"
 
 
 def few_timesteps(schedule: ScheduleSection, num_steps: int | None) -> list[float]:

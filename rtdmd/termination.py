@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from types import FrameType
 
+import psutil
+
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: start me again
+_LOOK_SECONDS = 1.0
 
 _came: list[int] = []
 
@@ -25,6 +30,27 @@ def note_signals() -> None:
 def signal_came() -> bool:
     """Whether SIGTERM or SIGINT has come since :func:`note_signals`."""
     return bool(_came)
+
+
+def end_with_launcher() -> None:
+    """From now on the end of the ``deepspeed`` command counts as SIGTERM.
+
+    On one machine it passes no signal on: its child, which has started this process, would go on without it.
+    """
+    starter = psutil.Process(os.getppid())
+    threading.Thread(target=_watch, args=(starter, starter.ppid()), daemon=True).start()
+
+
+def _watch(starter: psutil.Process, launcher: int) -> None:
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        try:
+            is_alone = starter.ppid() != launcher  # an orphan has another parent at once
+        except psutil.NoSuchProcess:
+            is_alone = True
+        if is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

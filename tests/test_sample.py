@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rtdmd import __version__
 from rtdmd.cli import main
 from rtdmd.recipe import dump_recipe, load_recipe
-from rtdmd.sample import SampleOptions, build_painter, pick_device, run_files
+from rtdmd.sample import SampleOptions, build_painter, pick_device, run_files, schedule_notice
 from tests.lora_files import open_pipeline, write_stage
 from tests.small_runs import PROMPTS, TEXT_TOKENS, World, difference, run_plain, save_noise
 
@@ -235,6 +235,30 @@ def test_a_run_says_what_it_started_from(worlds: dict[str, World], tmp_path: Pat
     assert run_files(tmp_path, given) == [Path("another/generator_ema.pt"), second]
     moved = load_recipe(worlds["flux2"].recipe, ["rtdmd.start_generator=moved/generator_ema.pt"])
     assert run_files(tmp_path, moved) == [Path("moved/generator_ema.pt"), second]
+
+
+def test_another_schedule_than_the_runs_is_told(worlds: dict[str, World], tmp_path: Path) -> None:
+    given = load_recipe(worlds["flux2"].recipe)
+    assert schedule_notice(tmp_path, given) is None
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(given))
+    assert schedule_notice(tmp_path, given) is None
+    own = load_recipe(worlds["flux2"].recipe, ["schedule.eta=0.25", "model.height=128"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(own))
+    notice = schedule_notice(tmp_path, given)
+    assert notice is not None and "was trained with schedule.eta = 0.25, and" in notice
+    assert f"give {tmp_path / 'recipe.yaml'} as the recipe" in notice
+
+
+def test_a_full_disk_is_told(
+    worlds: dict[str, World], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "0000-a.png").symlink_to("/dev/full")
+    arguments = ["sample", str(worlds["flux2"].recipe), "--prompt", "a", "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "No space left on device; free some" in told.replace("'", "") and "Traceback" not in told
 
 
 def test_files_that_do_not_fit(worlds: dict[str, World], capsys: Any) -> None:

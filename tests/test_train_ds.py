@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,11 @@ def sound(tmp_path: Path, tiny_flux2: Path, tiny_clip: Path) -> list[str]:
     return [f"model.pipeline={tiny_flux2}", f"rewards.0.weights={tiny_clip}", f"output={tmp_path / 'runs'}"]
 
 
-def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+def train(
+    *arguments: str, launcher: tuple[str, ...] = (sys.executable,), **ranks: str
+) -> subprocess.CompletedProcess[str]:
+    left_out = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out} | ranks
     return subprocess.run(
         [*launcher, "train_ds.py", "recipes/dry_run.yaml", *arguments],
         cwd=ROOT,
@@ -98,3 +102,23 @@ def test_stage_two_without_stage_one_says_what_to_do(sound: list[str]) -> None:
     done = train(*sound, "rtdmd.sample_batch_size=4", "--stage", "rtdmd")
     assert done.returncode == 2, done.stderr
     assert "holds no finished cold start" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reward_that_cannot_be_loaded_is_missed_before_stage_one(sound: list[str], tmp_path: Path) -> None:
+    empty = tmp_path / "clip"
+    empty.mkdir()
+    done = train(*sound, "rtdmd.sample_batch_size=4", f"rewards.0.weights={empty}")
+    assert done.returncode == 2, done.stderr
+    assert f"reward clipscore: {empty}: no CLIP weights" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "dry_run" / "cold_start").exists()
+
+
+def test_where_ranks_cannot_meet(sound: list[str]) -> None:
+    done = train(*sound, RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 2, done.stderr
+    assert "MASTER_ADDR isn't set" in done.stderr and "Traceback" not in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = train(*sound, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert done.returncode == 2, done.stderr
+    assert f"--master_port {port + 1}" in done.stderr and "Traceback" not in done.stderr

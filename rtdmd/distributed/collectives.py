@@ -140,6 +140,11 @@ def start_ranks(timeout_seconds: float) -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] != "1" and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR isn't set: start the ranks with "
+            "deepspeed, torchrun or slurm/, which set both"
+        )
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
@@ -157,12 +162,21 @@ def start_ranks(timeout_seconds: float) -> Ranks:
         # gloo serves as well here.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     timeout = timedelta(seconds=timeout_seconds)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
-        timeout=timeout,
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            timeout=timeout,
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} is another's, such as another launch's on this machine; give one that is free: "
+            f"deepspeed --master_port {int(port) + 1} train_ds.py …"
+        ) from error
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout=timeout)
 

@@ -15,7 +15,7 @@ from peft.tuners import lora
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rtdmd.errors import UserError
+from rtdmd.errors import UserError, nearest_hint
 
 _PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
 # Suffixes of the projections of a two-stream attention block, as peft's target_modules.
@@ -227,10 +227,20 @@ def attach_adapter(
     config._register_custom_module({nn.Linear: PlainLora})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # on purpose
-        try:
-            transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
-        except ValueError as error:  # no module has such a name
-            raise UserError(f"lora.targets = {list(targets)}: {str(error).splitlines()[0]}") from error
+        transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+
+
+def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
+    """UserError for one of ``targets`` in which no linear layer's name ends: peft would leave it out."""
+    layers = (name for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear))
+    names = [name.removesuffix(".base_layer").split(".") for name in layers if ".lora_" not in name]
+    for target in targets:
+        parts = target.split(".")
+        if not any(name[-len(parts) :] == parts for name in names):
+            known = sorted({".".join(name[-len(parts) :]) for name in names})
+            raise UserError(
+                f"lora.targets: no linear layer's name ends in {target!r}{nearest_hint(target, known)}"
+            )
 
 
 def adapter_parameters(transformer: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:

@@ -200,7 +200,7 @@ def load_rewards(
 
     Raises:
         UserError: names are unknown (all are named, before anything is loaded), a scorer without weights is
-            given some, weights cannot be loaded, or nothing answers at a url.
+            given some, weights cannot be loaded, or nothing answers at a url; it names the reward.
     """
     faults = []
     for section in sections:
@@ -219,13 +219,16 @@ def load_rewards(
 
 
 def _load_reward(section: RewardSection, device: torch.device, dtype: torch.dtype, workers: int) -> Reward:
-    if section.url is not None:
-        from rtdmd.rewards.remote import RemoteReward
+    try:
+        if section.url is not None:
+            from rtdmd.rewards.remote import RemoteReward
 
-        return RemoteReward(section)
-    if workers and REWARDS[section.name].needs_cpu_alone:
-        from rtdmd.rewards.serving.pool import PooledReward
+            return RemoteReward(section)
+        if workers and REWARDS[section.name].needs_cpu_alone:
+            from rtdmd.rewards.serving.pool import PooledReward
 
-        return PooledReward(section, workers)
-    # A scorer's module bears its name.
-    return import_module(f"rtdmd.rewards.{section.name}").load(section, device, dtype)
+            return PooledReward(section, workers)
+        # A scorer's module bears its name.
+        return import_module(f"rtdmd.rewards.{section.name}").load(section, device, dtype)
+    except UserError as error:
+        raise UserError(f"reward {section.name}: {error}") from error

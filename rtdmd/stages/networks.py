@@ -19,7 +19,7 @@ from rtdmd.distributed.loading import TensorSource, build_network
 from rtdmd.distributed.sharding import build_sharded, placement_of
 from rtdmd.distributed.shared import ReplicatedBase, ShardedBase, SharedBase
 from rtdmd.models.blocks import blocks_of, compile_forward, recomputation_of, recompute_activations
-from rtdmd.models.lora import DEFAULT, adapter_parameters, attach_adapter, init_adapter
+from rtdmd.models.lora import DEFAULT, adapter_parameters, attach_adapter, check_targets, init_adapter
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.models.recomputation import Recomputation
 from rtdmd.randomness import Draws
@@ -117,6 +117,7 @@ class NetworkBuilder:
     def add_lora(self, role: str, network: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
         """A fresh adapter as the recipe has it; its factors, trainable, the only ones that are."""
         lora = self.recipe.lora
+        check_targets(network, lora.targets or ())
         attach_adapter(network, lora.rank, lora.alpha, lora.targets or self.family.lora_targets, name)
         per_stage = getattr(lora.init_std, self.draws.stage)
         std = 1 / lora.rank if per_stage is None else per_stage

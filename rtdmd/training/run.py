@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from rtdmd.evaluation.identity import Digests, differences
 from rtdmd.files import replace_file
 from rtdmd.models.protocol import ModelFamily
 from rtdmd.recipe import dump_recipe
-from rtdmd.recipe.schema import Recipe
+from rtdmd.recipe.schema import Recipe, RewardSection
+from rtdmd.rewards import load_rewards
 from rtdmd.runs import METRICS_FILE, RECIPE_FILE, ended_early, latest_checkpoint, read_progress
 from rtdmd.stages.assemble import build_stage, preview_prompts
 from rtdmd.stages.networks import HandOver
@@ -59,6 +61,10 @@ def _run_stages(
     recipe: Recipe, stages: list[str], run: Path, ranks: Ranks, calls: CallLog, stop: StopRequest
 ) -> int:
     ranks.on_main_first(lambda: _begin(stages, recipe, run))
+    if list(stages) == ["cold_start", "rtdmd"]:
+        for section in (*recipe.rewards, *recipe.monitor_rewards):
+            ranks.on_main_first(partial(_prove, section, run, getattr(torch, recipe.dtype)))
+            calls.touch()
     digests = Digests()
     for name in stages:
         if stop.now(ranks) or not _run_stage(name, recipe, run, ranks, calls, stop, digests):
@@ -69,6 +75,15 @@ def _run_stages(
             return EXIT_INTERRUPTED if ranks.any(signal_came()) else 0
     _say(ranks, f"done: weights, checkpoints, metrics.jsonl and samples are in {run}")
     return 0
+
+
+def _prove(section: RewardSection, run: Path, dtype: torch.dtype) -> None:
+    """Load a reward once before a cold start begins, so that what fails does so now, not days later.
+
+    On the CPU, where nothing else is yet.
+    """
+    if latest_checkpoint(run / "cold_start" / "checkpoints") is None:
+        load_rewards([section], torch.device("cpu"), dtype)
 
 
 def _say(ranks: Ranks, text: str) -> None:

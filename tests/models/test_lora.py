@@ -10,7 +10,14 @@ from peft.tuners import lora
 from torch import Tensor
 from worlds import World
 
-from rtdmd.models.lora import AdapterSelection, PlainLora, adapter_parameters, attach_adapter
+from rtdmd.errors import UserError
+from rtdmd.models.lora import (
+    AdapterSelection,
+    PlainLora,
+    adapter_parameters,
+    attach_adapter,
+    check_targets,
+)
 from tests.lora_files import load_transformer
 
 RANK = 4
@@ -95,6 +102,21 @@ def test_an_adapters_parameters_have_the_names_of_an_only_one(world: World) -> N
     assert list(adapter_parameters(alone)) == list(adapter_parameters(beside, "fake_score")) == trained
     assert len(adapter_parameters(beside, "default_start")) == len(trained)
     assert not adapter_parameters(beside)
+
+
+def test_targets_are_ends_of_linear_layers_names(world: World) -> None:
+    network = load_transformer(world.folder, world.family.name)
+    for name in ("first", "second"):  # beneath an adapter, too
+        check_targets(network, ["to_q", "attn.to_q", "transformer_blocks.0.attn.to_k"])
+        for wrong, words in (
+            ("to_qq", "'to_q'"),
+            ("atn.to_q", "'attn.to_q'"),
+            ("o_q", ""),
+            ("attn", "known: "),
+        ):
+            with pytest.raises(UserError, match=f"no linear layer's name ends in '{wrong}'.*{words}"):
+                check_targets(network, ["to_q", wrong])
+        attach_adapter(network, RANK, 8.0, ["to_q", "to_k"], name)
 
 
 def test_a_merged_adapter_is_not_added_again(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,30 @@ def test_afterwards_signals_are_noted() -> None:
         "try:\n    os.kill(me, signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_the_end_of_the_launcher_is_a_signal(tmp_path: Path) -> None:
+    """The `deepspeed` command starts a process that starts the ranks; killed, it tells neither."""
+    rank = "import time\nfrom rtdmd.termination import *\nleave_on_signals()\nend_with_launcher()\n"
+    rank += f"open({str(tmp_path / 'begun')!r}, 'w').close()\ntime.sleep(100)"
+    starter = f"import subprocess, sys\ncode = subprocess.call([sys.executable, '-c', {rank!r}])\n"
+    starter += f"open({str(tmp_path / 'part')!r}, 'w').write(str(code))\n"
+    starter += f"import os\nos.rename({str(tmp_path / 'part')!r}, {str(tmp_path / 'code')!r})"
+    launcher = f"import subprocess, sys\nsubprocess.call([sys.executable, '-c', {starter!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher]) as process:
+        _wait_for(tmp_path / "begun")
+        time.sleep(1.5)  # nothing happens while it lives
+        assert not (tmp_path / "code").exists()
+        process.kill()
+    _wait_for(tmp_path / "code")
+    assert (tmp_path / "code").read_text() == "75"
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_what_ranks_say_is_told_once_where_it_is_the_same() -> None:
