@@ -369,8 +369,6 @@ def test_documented_commands(
     for name, source in {"recipes/flux2_4b.yaml": world.recipe, "runs/flux2_4b": world.run}.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(source)
-    for stage in ("cold_start", "rtdmd"):
-        Path(stage).symlink_to(world.run / stage)
     Path("prompts.txt").write_text("a red circle\ntwo dogs\n")
     lines = [line for line in DOCS.splitlines() if "rtdmd sample recipes/flux2_4b" in line]
     assert len(lines) == 7

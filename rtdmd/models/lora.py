@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from peft import LoraConfig
@@ -98,6 +99,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix != ".safetensors" and not is_zipfile(path):
+        raise UserError(f"{path}: not a readable weights file (torch.save writes others)")
     try:
         if path.suffix == ".safetensors":
             state = load_file(str(path))

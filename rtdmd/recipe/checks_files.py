@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rtdmd.errors import nearest_hint
+from rtdmd.errors import UserError, nearest_hint
 from rtdmd.recipe.report import Report, value_at
 from rtdmd.recipe.schema import Recipe, role_weights
 
@@ -143,12 +143,21 @@ def check_models(report: Report, recipe: Recipe) -> None:
 
 
 def check_starts(report: Report, recipe: Recipe) -> None:
-    """The cold start's files that stage rtdmd is told to start from are there."""
+    """The files that stage rtdmd is told to start from are there, and hold weights as the recipe has them."""
     for key in ("rtdmd.start_generator", "rtdmd.start_fake_score"):
         value = value_at(recipe, key)
-        if value is not None and not Path(value).is_file():
+        if value is None:
+            continue
+        if not Path(value).is_file():
             what = "a folder; give the .pt file in it" if Path(value).is_dir() else "not there"
             report.fault(key, value, f"this file is {what}; null starts from this run's own cold start")
+            continue
+        from rtdmd.models.adapters import read_trained  # torch loads for those who name a file
+
+        try:
+            read_trained([value], recipe.lora)
+        except UserError as error:
+            report.fault(key, value, str(error).removeprefix(f"{value}: "))
 
 
 def check_readable(report: Report, key: str, value: str) -> None:

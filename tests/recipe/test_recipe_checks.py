@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rtdmd.errors import UserError
@@ -325,8 +326,15 @@ def test_reward_weights(write_recipe: Write, tmp_path: Path) -> None:
 def test_files_to_start_from(write_recipe: Write, tmp_path: Path, key: str) -> None:
     assert "this file is not there" in the_fault(write_recipe(), f"{key}=runs/nowhere/generator_ema.pt")
     assert "this file is a folder" in the_fault(write_recipe(), f"{key}={tmp_path}")
-    (tmp_path / "generator_ema.pt").write_bytes(b"")
-    check(write_recipe(), f"{key}={tmp_path}/generator_ema.pt")
+    file = tmp_path / "generator_ema.pt"
+    file.write_bytes(b"no weights")
+    assert f"{key} = '{file}': not a readable weights file" in the_fault(write_recipe(), f"{key}={file}")
+    name = "transformer_blocks.0.attn.to_q"
+    torch.save({f"{name}.lora_A.weight": torch.ones(8, 4), f"{name}.lora_B.weight": torch.ones(4, 8)}, file)
+    check(write_recipe(), f"{key}={file}", "lora.rank=8")
+    assert f"{key} = '{file}': its rank is 8" in the_fault(write_recipe(), f"{key}={file}", "lora.rank=4")
+    torch.save({f"{name}.weight": torch.ones(4, 4)}, file)  # of a run that trained full weights
+    check(write_recipe(), f"{key}={file}")
     check(write_recipe(), f"{key}=nowhere.pt", stages=["cold_start"])
 
 
