@@ -97,8 +97,9 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        near = [*path.parent.glob("*.yaml")] or [*Path("recipes").glob("*.yaml")]
-        hint = nearest_hint(str(path), [str(file) for file in near]) if near else "; give a recipe's path"
+        near = [str(file) for folder in (path.parent, Path("recipes")) for file in folder.glob("[!.]*.yaml")]
+        named = [file for file in near if Path(file).stem == path.stem]  # `demo` is recipes/demo.yaml
+        hint = nearest_hint(named[0] if named else str(path), near) if near else "; give a recipe's path"
         raise UserError(f"{path}: there is no such recipe{hint}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; give the path of a recipe's YAML file in it") from None
@@ -189,6 +190,8 @@ def _build_scalar(wanted: type, node: Node, key: str, faults: Faults) -> Any:
             example = str(int(value))
         elif wanted is str and not isinstance(value, dict | list):
             example = f"'{node.text}' in quotes"
+        elif wanted in (int, float) and isinstance(value, str) and _is_number(value):
+            example = f"{value} without quotes"
         faults.add(node, key, f"expected {text}, got {node.describe()}; write {example}")
         return _ABSENT
     if isinstance(value, float) and not math.isfinite(value):
@@ -203,6 +206,13 @@ def _build_scalar(wanted: type, node: Node, key: str, faults: Faults) -> Any:
             faults.add(node, key, "there is no such home folder; write the path in full")
             return _ABSENT
     return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _wanted_text(wanted: Any) -> str:

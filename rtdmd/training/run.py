@@ -206,9 +206,12 @@ def check_order(stages: Sequence[str], recipe: Recipe, run: Path, starts_over: b
         return
     changes = "rtdmd" not in stages if starts_over else not is_complete("cold_start", recipe, run)
     if changes:
+        latest = latest_checkpoint(run / "cold_start" / "checkpoints")
+        done = f" after {read_progress(latest)['step']} iterations" if latest else ""
         raise UserError(
-            f"{run}: its rtdmd has gone on from the cold start that is there; choose another `name` for "
-            f"another cold start, or move {run / 'rtdmd'} away"
+            f"{run}: its rtdmd has gone on from the cold start that is there{done}; for another cold start "
+            f"(cold_start.iterations is {recipe.cold_start.iterations}) choose another `name`, or move "
+            f"{run / 'rtdmd'} away"
         )
 
 

@@ -92,6 +92,8 @@ def test_unknown_keys_and_the_nearest_known_one(write_recipe: Write, override: s
         ("schedule.eta=false", "expected a number, got false"),
         ("seed=3.0", "expected a whole number, got 3.0; write 3"),
         ("seed=1.5", "expected a whole number, got 1.5"),
+        ("seed='3'", "expected a whole number, got the text '3'; write 3 without quotes"),
+        ('schedule.eta="0.5e-1"', "write 0.5e-1 without quotes"),
         ("name=3", "expected text, got 3; write '3' in quotes"),
         ("schedule.eta=high", "expected a number, got the text 'high'"),
         (
@@ -185,6 +187,8 @@ def test_a_files_sections_go_over_the_recipes(write_recipe: Write, tmp_path: Pat
         load_recipe(path, [f"with={layer}"])
     with pytest.raises(UserError, match="there is no such recipe; did you mean"):
         load_recipe(path, [f"with={tmp_path / 'layr.yaml'}"])
+    with pytest.raises(UserError, match=r"demo: there is no such recipe; did you mean 'recipes/demo\.yaml'"):
+        load_recipe("demo")
 
 
 def test_an_override_mends_a_wrong_value(write_recipe: Write) -> None:

@@ -65,8 +65,10 @@ def test_a_requeued_job_has_started_over_once(run: Path, monkeypatch: pytest.Mon
 def test_a_cold_start_stays_beneath_its_rtdmd(run: Path) -> None:
     longer = recipe("auto", "cold_start.iterations=5")
     for stages, given, starts_over in ((BOTH, longer, False), (BOTH[:1], recipe("never"), True)):
-        with pytest.raises(UserError, match="its rtdmd has gone on from the cold start that is there"):
+        words = "its rtdmd has gone on from the cold start that is there after 4 iterations"
+        with pytest.raises(UserError, match=words) as told:
             check_order(stages, given, run, starts_over)
+        assert f"cold_start.iterations is {given.cold_start.iterations}" in str(told.value)
     check_order(BOTH, recipe("auto"), run, starts_over=False)
     check_order(BOTH, recipe("never"), run, starts_over=True)
     check_order(BOTH[1:], longer, run, starts_over=False)
