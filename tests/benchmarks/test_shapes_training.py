@@ -114,7 +114,7 @@ def test_every_variant_of_the_study_is_a_sound_recipe(tmp_path) -> None:
             cold = tmp_path / f"{launch.variant.start}-0" / "cold_start"
             cold.mkdir(parents=True, exist_ok=True)
             for name in ("generator_ema.pt", "fake_score.pt"):
-                torch.save({}, cold / name)
+                torch.save({f"a.lora_{factor}.weight": torch.ones(32, 32) for factor in "AB"}, cold / name)
         _, stages = load_checked(recipe, overrides, world_size=1, stage=stage)
         assert stages == [launch.variant.stage]
 

@@ -150,7 +150,7 @@ def test_nothing_is_measured_before_blocks_were_chosen(tmp_path: Path, ranks: Ra
     built = train_step.build(bench)
     roles = built.stage.roles
     shards = {str(number): each for number, each in enumerate(train_step.all_shards(roles))}
-    residency = AutomaticResidency(Scripted(iter([GIB]), 100 * GIB), ranks, shards)
+    residency = AutomaticResidency(Scripted(iter(()), 100 * GIB), ranks, shards)
     built.stage.roles = replace(roles, residency=residency)
     assert shards and not built.stage.roles.is_settled
     row = train_step.bench_rtdmd(bench, built, samples=4)

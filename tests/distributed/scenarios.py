@@ -165,8 +165,9 @@ def unequal_memory(build: Built, ranks: Ranks, calls: CallLog, folder: Path) -> 
     base = next(iter(stage.roles.bases))
     assert isinstance(base, ShardedBase)
     sizes = base.shards.block_bytes
-    memory = Scripted(iter([GIB]), GIB + sum(sizes) - (0 if ranks.rank == 0 else 1))
+    memory = Scripted(iter(()), GIB + sum(sizes) - (0 if ranks.rank == 0 else 1))
     residency = AutomaticResidency(memory, ranks, {"all": base.shards})
+    memory.reserved = GIB
     residency.after_step(True)
     residency.after_step(True)
     return {"kept": base.shards.num_kept, "blocks": len(sizes), "gathered": base.shards.gathered_bytes > 0}
