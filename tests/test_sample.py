@@ -30,8 +30,9 @@ CPU = torch.device("cpu")
 
 
 def test_pictures_depend_neither_on_the_batch_nor_on_the_number_of_processes(
-    world: World, tmp_path: Path
+    worlds: dict[str, World], tmp_path: Path
 ) -> None:
+    world = worlds["flux2"]
     alone = world.sample(tmp_path / "1", "--batch-size", "1")
     assert difference(world.sample(tmp_path / "7", "--batch-size", "7"), alone) <= 1
     assert difference(world.sample(tmp_path / "3", "--batch-size", "3"), alone) <= 1
@@ -42,6 +43,15 @@ def test_pictures_depend_neither_on_the_batch_nor_on_the_number_of_processes(
     assert np.abs(grid[64:128, 128:192] - alone[5]).max() <= 1
     assert difference(alone[:1] * 6, alone[1:]) > 20
     assert difference(world.sample(tmp_path / "seed", "--seed", "1"), alone) > 20
+
+
+def test_pictures_of_the_other_family_depend_on_the_batch_no_more(
+    worlds: dict[str, World], tmp_path: Path
+) -> None:
+    world = worlds["sd3"]
+    alone = world.sample(tmp_path / "1", "--batch-size", "1")
+    assert difference(world.sample(tmp_path / "7", "--batch-size", "7"), alone) <= 1
+    assert difference(alone[:1] * 6, alone[1:]) > 20
 
 
 def test_stacking_is_merging(world: World, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rtdmd.distributed.collectives import start_ranks
+from rtdmd.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -113,10 +116,14 @@ def test_a_reward_that_cannot_be_loaded_is_missed_before_stage_one(sound: list[s
     assert not (tmp_path / "runs" / "dry_run" / "cold_start").exists()
 
 
-def test_where_ranks_cannot_meet(sound: list[str]) -> None:
-    done = train(*sound, RANK="0", WORLD_SIZE="2")
-    assert done.returncode == 2, done.stderr
-    assert "MASTER_ADDR isn't set" in done.stderr and "Traceback" not in done.stderr
+def test_ranks_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"^WORLD_SIZE is 2, but MASTER_ADDR isn't set: start the ranks with"):
+        start_ranks(60)
+
+
+def test_a_port_that_is_taken(sound: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = train(*sound, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
