@@ -133,21 +133,22 @@ def start_ranks(timeout_seconds: float) -> Ranks:
     """Join the process group that the launcher (deepspeed, torchrun, srun) laid out.
 
     Without a launcher the process is the only rank. ``timeout_seconds`` bounds a collective that
-    waits for a rank which never comes.
+    waits for a rank which never comes. UserError where ranks can't meet: without an address, or at a port
+    that is taken.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] != "1" and "MASTER_ADDR" not in os.environ:
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    elif "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR isn't set: start the ranks with "
             "deepspeed, torchrun or slurm/, which set both"
         )
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
     import deepspeed
     import deepspeed.comm  # registers the module patched below
 

@@ -99,11 +99,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix != ".safetensors" and not is_zipfile(path):
-        raise UserError(f"{path}: not a readable weights file (torch.save writes others)")
     try:
         if path.suffix == ".safetensors":
             state = load_file(str(path))
+        elif not is_zipfile(path):  # torch's own words would be about mmap
+            raise ValueError("torch.save writes others")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the loaders' own errors have no common class

@@ -97,7 +97,8 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        near = [str(file) for folder in (path.parent, Path("recipes")) for file in folder.glob("[!.]*.yaml")]
+        folders = {path.parent, Path("recipes")}
+        near = [str(file) for folder in folders for file in folder.glob("[!.]*.yaml")]
         named = [file for file in near if Path(file).stem == path.stem]  # `demo` is recipes/demo.yaml
         hint = nearest_hint(named[0] if named else str(path), near) if near else "; give a recipe's path"
         raise UserError(f"{path}: there is no such recipe{hint}") from None

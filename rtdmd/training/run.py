@@ -61,7 +61,7 @@ def _run_stages(
     recipe: Recipe, stages: list[str], run: Path, ranks: Ranks, calls: CallLog, stop: StopRequest
 ) -> int:
     ranks.on_main_first(lambda: _begin(stages, recipe, run))
-    if list(stages) == ["cold_start", "rtdmd"]:
+    if stages == ["cold_start", "rtdmd"]:
         for section in (*recipe.rewards, *recipe.monitor_rewards):
             ranks.on_main_first(partial(_prove, section, run, getattr(torch, recipe.dtype)))
             calls.touch()

@@ -189,6 +189,9 @@ def test_a_files_sections_go_over_the_recipes(write_recipe: Write, tmp_path: Pat
         load_recipe(path, [f"with={tmp_path / 'layr.yaml'}"])
     with pytest.raises(UserError, match=r"demo: there is no such recipe; did you mean 'recipes/demo\.yaml'"):
         load_recipe("demo")
+    with pytest.raises(UserError) as told:
+        load_recipe("recipes/zqx")
+    assert str(told.value).count("recipes/demo.yaml") == 1  # in the list of all
 
 
 def test_an_override_mends_a_wrong_value(write_recipe: Write) -> None:
